@@ -1,0 +1,83 @@
+"""Lets the counters of parameters and FLOPs of MMEngine and mmcv count UBN.
+
+Per value of its input UBN costs, in evaluation,
+
+- 1 for the mean of each image and channel (0 without centering and scaling, which alone need it),
+- 1 for the normalisation, a multiplication and an addition,
+- k * k for the depthwise convolution.
+
+That is what the counters count for a global average pooling, a BatchNorm without affine step and a depthwise
+convolution (mmcv adds 1 for a convolution's bias). For k = 1, the last two are a BatchNorm: 2. So a UBN with every
+rectification off counts as BatchNorm does. MMEngine's counter follows the mode of the model: in training, statistics
+and normalisation are 4, and the similarity is not counted. What is done per channel, not per value, nobody counts.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from importlib import util
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmubn.layers import UBN
+
+__all__ = ['install_counters']
+
+
+@functools.cache
+def install_counters() -> None:
+    """Make the counters know UBN, where MMEngine and mmcv are installed."""
+    if util.find_spec('mmengine') is not None:
+        _count_in_mmengine()
+        if util.find_spec('mmcv') is not None:  # which needs mmengine itself
+            _count_in_mmcv()
+
+
+def _count_in_mmengine() -> None:
+    """mmengine 0.10, ``mmengine.analysis``: counts the operations of a trace. While it traces, UBN is its stand-in."""
+    analysis = importlib.import_module('mmengine.analysis.jit_analysis')
+    trace = analysis._get_scoped_trace_graph
+
+    @functools.wraps(trace)
+    def trace_stand_ins(module: nn.Module, *args, **kwargs):
+        layers = [layer for layer in module.modules() if isinstance(layer, UBN)]
+        for layer in layers:
+            layer.forward = functools.partial(_stand_in, layer)
+        try:
+            return trace(module, *args, **kwargs)
+        finally:
+            for layer in layers:
+                del layer.forward
+
+    analysis._get_scoped_trace_graph = trace_stand_ins
+
+
+def _stand_in(layer: UBN, x: Tensor) -> Tensor:
+    """As many operations as ``layer`` does, of the kinds that the counter knows. Moves no buffers."""
+    mean, var = (None, None) if layer.training else (layer.running_mean, layer.running_var)
+    if mean is not None and (layer.centering or layer.scaling):
+        mean = F.adaptive_avg_pool2d(x.detach(), 1)[0].flatten()
+    if layer.kernel_size == 1:
+        return F.batch_norm(x, mean, var, layer.weight, layer.bias, layer.training)
+    kernel = layer.weight[:, None, None, None].expand(-1, 1, layer.kernel_size, layer.kernel_size)
+    x = F.batch_norm(x, mean, var, training=layer.training)
+    return F.conv2d(x, kernel, layer.bias, padding=layer.kernel_size // 2, groups=layer.num_features)
+
+
+def _count_in_mmcv() -> None:
+    """mmcv 2, ``mmcv.cnn.get_model_complexity_info``: counts the layers whose very type is in a table."""
+    counter = importlib.import_module('mmcv.cnn.utils.flops_counter')
+    modules_mapping = counter.get_modules_mapping
+
+    def count(layer: UBN, inputs: tuple[Tensor], output: Tensor) -> None:
+        mean = int(layer.centering or layer.scaling)
+        affine = 1 if layer.kernel_size == 1 else layer.kernel_size**2 + 1
+        layer.__flops__ += output.numel() * (mean + 1 + affine)
+
+    @functools.wraps(modules_mapping)
+    def with_ubn() -> dict:
+        return modules_mapping() | dict.fromkeys([UBN, *UBN.__subclasses__()], count)
+
+    counter.get_modules_mapping = with_ubn

@@ -1,0 +1,163 @@
+"""Evaluation of a trained model at less cost: :func:`fold` computes in advance all that evaluation holds constant."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmubn.functional import statistics_dtype
+from mmubn.layers import UBN
+
+__all__ = ['FoldedUBN', 'fold']
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """A copy of a model in evaluation mode in which every UBN is a layer of the same function with fewer steps.
+
+    A layer becomes as simple as its parameters allow:
+
+    - ``w_m = w_v = 0`` and k = 1, or neighbor taps of 0: an ``nn.BatchNorm2d``, which any conv-BN fusion may take on.
+    - Any other: a :class:`FoldedUBN`, without the steps that its parameters leave out.
+
+    Gate, momenta and gradients of the parameters end here: the result is for evaluation and export alone, and its state
+    dict has another layout. ``model`` stays as it is.
+
+    Args:
+        model: Any module, a UBN itself included, in evaluation mode.
+
+    Returns:
+        The folded copy, in evaluation mode.
+
+    Raises:
+        ValueError: For a model in training mode.
+    """
+    if model.training or any(module.training for module in model.modules() if isinstance(module, UBN)):
+        raise ValueError('fold needs a model in evaluation mode: call model.eval() before fold(model).')
+    model = copy.deepcopy(model)
+    # By layer: one that a model uses at several places (a shared head) stays one layer.
+    folded = {module: _fold_layer(module) for module in model.modules() if isinstance(module, UBN)}
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child in folded:
+                module._modules[name] = folded[child]
+    return folded.get(model, model)
+
+
+class FoldedUBN(nn.Module):
+    r"""A UBN in evaluation mode, with its constants computed in advance. Made by :func:`fold`.
+
+    .. math::
+        y = \mathrm{conv}_k(r_{nc} (x + s_{nc})) + \beta, \qquad s_{nc} = w_m a - \mu, \qquad
+        r_{nc} = \mathrm{sigmoid}(w_v (a + s_{nc}) / \sqrt{\sigma^2 + \epsilon} + w_b)
+
+    where the weight of conv_k holds :math:`1 / \sqrt{\sigma^2 + \epsilon}`, and r too where ``w_v = 0``. With
+    ``w_m = w_v = 0`` one addition and one convolution are left. The addition cannot move into the bias of this
+    convolution, since the zeros around the map stand for mu; into the convolution before the layer it can, and ONNX
+    runtimes move it there.
+
+    Args:
+        constants: The attributes below by name.
+        calibrate_bias: Whether r multiplies beta too.
+
+    Attributes:
+        shift: ``-mu``, (C,).
+        center_weight: w_m, (C,). None for 0.
+        scale_weight, scale_bias: ``w_v / sqrt(var + eps)`` and w_b, each (C,). Both None where r is in the weight.
+        weight: Kernel, (C, 1, k, k), or (C,) where only its centre tap is not 0.
+        bias: beta, (C,).
+    """
+
+    def __init__(self, constants: dict[str, Tensor | None], calibrate_bias: bool) -> None:
+        super().__init__()
+        self.calibrate_bias = calibrate_bias
+        for name in ('shift', 'center_weight', 'scale_weight', 'scale_bias', 'weight', 'bias'):
+            # Not a buffer where it is None: torch.export miscounts those.
+            if constants[name] is None:
+                setattr(self, name, None)
+            else:
+                self.register_buffer(name, constants[name])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == 0:
+            return x
+        # As in UBN, float32 inside. Only where autocast is on: an exported graph is plainer without the switch.
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self._forward(x)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        y = x.to(statistics_dtype(x))
+        shift, r = self.shift, None
+        if self.center_weight is not None or self.scale_weight is not None:
+            a = y.mean((2, 3))
+        if self.center_weight is not None:
+            shift = shift + self.center_weight * a
+        if self.scale_weight is not None:
+            r = torch.sigmoid(self.scale_weight * (a + shift) + self.scale_bias)[..., None, None]
+        y = y + shift[..., None, None]
+        if r is not None and not self.calibrate_bias:
+            y = y * r
+        if self.weight.dim() == 1:
+            y = y * self.weight[:, None, None] + self.bias[:, None, None]
+        else:
+            channels, _, size, _ = self.weight.shape
+            weight, bias = self.weight.to(y.dtype), self.bias.to(y.dtype)
+            y = F.conv2d(y, weight, bias, padding=size // 2, groups=channels)
+        if self.calibrate_bias:
+            # r is one number per map, so it commutes with the convolution; here it takes the bias along.
+            y = y * r
+        return y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        shapes = (f'{name}={tuple(value.shape)}' for name, value in self.named_buffers())
+        return ', '.join((*shapes, f'calibrate_bias={self.calibrate_bias}'))
+
+
+@torch.no_grad()
+def _fold_layer(layer: UBN) -> nn.Module:
+    # In float64, so that every constant is rounded once; on the CPU, since some devices have no float64.
+    values = {name: value.to('cpu', torch.float64) for name, value in layer.state_dict().items()}
+    device, dtype = layer.weight.device, statistics_dtype(layer.weight)
+
+    def unless_zero(name: str) -> Tensor | None:
+        return values[name] if name in values and values[name].any() else None
+
+    neighbor_weight, center_weight, scale_weight = map(
+        unless_zero, ('neighbor_weight', 'center_weight', 'scale_weight')
+    )
+    gain, bias, scale_bias = values['weight'], values['bias'], values.get('scale_bias')
+    r = None
+    if scale_weight is None and scale_bias is not None:
+        r, scale_bias = torch.sigmoid(scale_bias), None
+        gain = gain * r
+        bias = bias * r if layer.calibrate_bias else bias
+
+    if neighbor_weight is None and center_weight is None and scale_weight is None:
+        folded = nn.BatchNorm2d(layer.num_features, eps=float(layer.eps), dtype=torch.float64).requires_grad_(False)
+        folded.load_state_dict(
+            dict(weight=gain, bias=bias, running_mean=values['running_mean'], running_var=values['running_var']),
+            strict=False,  # without num_batches_tracked, which evaluation does not read
+        )
+    else:
+        inv_std = torch.rsqrt(values['running_var'] + float(layer.eps))
+        weight = gain * inv_std
+        if neighbor_weight is not None:
+            neighbor_weight = neighbor_weight * (inv_std if r is None else r * inv_std)[:, None]
+            before, after = neighbor_weight.chunk(2, dim=1)
+            kernel = torch.cat([before, weight[:, None], after], dim=1)
+            weight = kernel.view(-1, 1, layer.kernel_size, layer.kernel_size)
+        constants = dict(
+            shift=-values['running_mean'],
+            center_weight=center_weight,
+            scale_weight=None if scale_weight is None else scale_weight * inv_std,
+            scale_bias=scale_bias,
+            weight=weight,
+            bias=bias,
+        )
+        folded = FoldedUBN(constants, layer.calibrate_bias and scale_weight is not None)
+    return folded.to(device, dtype).eval()

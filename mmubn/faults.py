@@ -1,0 +1,305 @@
+"""What lets a training run be killed at any moment: whole checkpoints, exact resumption, no orphans.
+
+Written for onedl-mmengine 0.10.12; mmengine 0.10.7 has the same methods. Each part says what MMEngine does without it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import random
+import sys
+import threading
+import uuid
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dist import all_gather_object, get_rank, get_world_size, is_main_process
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+__all__ = ['AtomicCheckpointHook', 'AtomicLocalBackend', 'IterationSeedHook', 'end_with_launcher', 'make_resumable']
+
+
+def make_resumable(cfg: Config) -> None:
+    """Let ``cfg`` train with :class:`AtomicCheckpointHook`, in MMEngine's place, and :class:`IterationSeedHook`.
+
+    A checkpoint hook of another type stays as it is. The config imports this module, so that the copy of it that
+    MMEngine leaves in the work dir works in other tools too.
+    """
+    hooks = cfg.get('default_hooks') or {}
+    checkpoint = hooks.get('checkpoint', dict(type='CheckpointHook', interval=1))
+    if checkpoint and checkpoint.get('type') in ('CheckpointHook', 'mmengine.CheckpointHook', CheckpointHook):
+        cfg.default_hooks = dict(hooks, checkpoint=dict(checkpoint, type='AtomicCheckpointHook'))
+    custom = cfg.get('custom_hooks') or []
+    if not any(hook.get('type') == 'IterationSeedHook' for hook in custom if isinstance(hook, dict)):
+        cfg.custom_hooks = [*custom, dict(type='IterationSeedHook')]
+    imports = (cfg.get('custom_imports') or {}).get('imports', [])
+    imports = [imports] if isinstance(imports, str) else list(imports)
+    if __name__ not in imports:
+        cfg.custom_imports = dict(cfg.get('custom_imports') or {}, imports=[*imports, __name__])
+
+
+# --- whole checkpoints ------------------------------------------------------------------------------------------------
+
+PARTIAL = '.partial'
+
+
+def write_atomically(content: bytes, path: str | Path) -> None:
+    """Write a file so that, whenever the process or the machine dies, ``path`` has its old content or the new one.
+
+    What is left of an interrupted write is a hidden file whose name ends in ``.partial``.
+    """
+    path = Path(os.path.realpath(path))  # a link stays, and what it points at is replaced
+    partial = path.with_name(f'.{path.name}.{uuid.uuid4().hex}{PARTIAL}')
+    try:
+        with partial.open('wb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    if hasattr(os, 'O_DIRECTORY'):  # the new name itself reaches the disk with its folder
+        folder = os.open(path.parent, os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+class AtomicLocalBackend(LocalBackend):
+    """MMEngine's local files, written by :func:`write_atomically`; MMEngine truncates the file first."""
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        path = Path(filepath)
+        if path.exists() and not path.is_file():  # /dev/null, a pipe: nothing to replace
+            super().put(obj, filepath)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(obj, path)
+
+
+class _RemovesLater:
+    """A file backend that notes what is to be removed."""
+
+    def __init__(self, backend) -> None:
+        self.backend, self.paths = backend, []
+
+    def __getattr__(self, name: str):
+        return getattr(self.backend, name)
+
+    def remove(self, path: str) -> None:
+        self.paths.append(path)
+
+    rmtree = remove
+
+
+@HOOKS.register_module()
+class AtomicCheckpointHook(CheckpointHook):
+    """A CheckpointHook that can be killed at any moment, and whose checkpoints hold the buffers of every process.
+
+    From the first save on, ``last_checkpoint`` names a whole checkpoint, even with ``max_keep_ckpts=1``, and no
+    checkpoint is ever truncated: files appear whole (:class:`AtomicLocalBackend` takes the place of the backend
+    ``local`` in a process that trains with this hook), the one that a new one outdates is removed last, and
+    ``last_checkpoint`` changes in between. MMEngine removes the old one first and writes all of them in place. What a
+    kill leaves behind, a ``.partial`` file or an outdated checkpoint, is removed on resumption; only a best checkpoint
+    that was outdated at the very moment of the kill may stay. This holds on local and shared file systems; other
+    backends (``s3://``, ``file_client_args``) keep their own guarantees.
+
+    Norms of several processes have different buffers, and UBN trains with them: MMEngine saves those of the first
+    process alone. Here the others' are saved too, where they differ, under ``rank_buffers``, and each process resumes
+    with its own if there are as many processes as before. All else that reads a checkpoint sees the first's.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        register_backend('local', AtomicLocalBackend, force=True, prefixes='')
+        super().before_train(runner)
+        if is_main_process():
+            for folder in {str(self.out_dir), runner.work_dir}:
+                for left_over in Path(folder).glob(f'.*{PARTIAL}'):
+                    left_over.unlink(missing_ok=True)
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        keep = list(self.keep_ckpt_ids) if self.max_keep_ckpts > 0 else []
+        if self.max_keep_ckpts > 0:
+            if keep[-1:] != [step]:  # saving the best checkpoint saves this one once more
+                keep.append(step)
+            # With the outdated one: whoever resumes from this checkpoint removes it, if it is still there.
+            runner.message_hub.update_info('keep_ckpt_ids', keep)
+        name = self.filename_tmpl.format(step)
+        self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
+        runner.message_hub.update_info('last_ckpt', self.last_ckpt)
+        self._rank_buffers = _gather_buffers(runner)
+        runner.save_checkpoint(
+            self.out_dir,
+            name,
+            self.file_client_args,
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            meta=meta,
+            by_epoch=self.by_epoch,
+            backend_args=self.backend_args,
+            **self.args,
+        )
+        self._rank_buffers = None
+        if is_main_process():
+            write_atomically(self.last_ckpt.encode(), Path(runner.work_dir, 'last_checkpoint'))
+        if self.max_keep_ckpts > 0:
+            self.keep_ckpt_ids = deque(keep[-self.max_keep_ckpts :], self.max_keep_ckpts)
+            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
+            if is_main_process():
+                for outdated in keep[: -self.max_keep_ckpts]:
+                    self._remove(self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(outdated)))
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        backend = self.file_backend
+        self.file_backend = later = _RemovesLater(backend)
+        try:
+            super()._save_best_checkpoint(runner, metrics)
+        finally:
+            self.file_backend = backend
+        in_use = {self.last_ckpt, getattr(self, 'best_ckpt_path', None)}
+        in_use.update(getattr(self, 'best_ckpt_path_dict', {}).values())
+        for path in later.paths:
+            if path not in in_use:
+                self._remove(path)
+
+    def _remove(self, path: str) -> None:
+        if self.file_backend.isfile(path):
+            self.file_backend.remove(path)
+        elif self.file_backend.isdir(path):  # DeepSpeed's checkpoints
+            self.file_backend.rmtree(path)
+
+    _rank_buffers: list[dict] | None = None
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        if self._rank_buffers is not None:
+            checkpoint['rank_buffers'] = self._rank_buffers
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        rank_buffers = checkpoint.get('rank_buffers')
+        if rank_buffers is not None and runner._resume and len(rank_buffers) == get_world_size():
+            checkpoint['state_dict'].update(rank_buffers[get_rank()])
+
+
+def _gather_buffers(runner: Runner) -> list[dict] | None:
+    """For each process the entries of its state dict that are buffers and differ from the first process's, or None."""
+    if get_world_size() == 1:
+        return None
+    model = getattr(runner.model, 'module', runner.model)
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    own = {name: value.cpu() for name, value in model.state_dict().items() if name in buffers}
+    first, *others = all_gather_object(own)
+    if not is_main_process():
+        return None
+    return [{}, *({k: v for k, v in each.items() if not torch.equal(v, first[k])} for each in others)]
+
+
+# --- exact resumption -------------------------------------------------------------------------------------------------
+
+
+def seed_global_generators(*key: int) -> int:
+    """Seed Python's, NumPy's and torch's global generators on the CPU from all of ``key``; the seed they got."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    return seed
+
+
+class _SeededFetch:
+    """``dataset.__getitems__``, which a DataLoader calls for each batch, in a worker or without one.
+
+    Batch number n of a run is fetched after seeding with n, whoever fetches it.
+    """
+
+    def __init__(self, dataset, seed: int, rank: int) -> None:
+        self.dataset, self.key = dataset, (seed, rank)
+        self.fetch = getattr(dataset, '__getitems__', None)
+        # The number of the first batch of the epoch; in shared memory, for workers that outlive an epoch.
+        self.first = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.seen, self.fetched = -1, 0
+
+    def __call__(self, indices: list) -> list:
+        first = int(self.first)
+        if first != self.seen:
+            self.seen, self.fetched = first, 0
+        worker = get_worker_info()  # batches go to the workers in turn
+        number = first + (self.fetched if worker is None else self.fetched * worker.num_workers + worker.id)
+        self.fetched += 1
+        seed_global_generators(*self.key, number, 0)
+        return self.fetch(indices) if self.fetch else [self.dataset[index] for index in indices]
+
+
+@HOOKS.register_module()
+class IterationSeedHook(Hook):
+    """Seeds the global random generators for every training iteration, so that a resumed run draws the same numbers.
+
+    MMEngine seeds once, at the start, and saves no generator: after a resumption RoI samplers, dropout and
+    augmentations draw other numbers than the uninterrupted run. Here iteration i seeds with (seed, process, i) before
+    its batch is fetched and before its forward pass: Python's, NumPy's and torch's global generators, in the training
+    process and in data-loader workers, persistent or not, so nothing depends on the number of workers or on what
+    validation draws. Order of the data, learning rates, momenta and buffers resume exactly already.
+
+    Exact, on the CPU, are runs with ``randomness=dict(seed=...)`` in the config and as many processes, in epoch-based
+    training and, with an InfiniteSampler, in iteration-based. On GPUs the numbers drawn are the same, but kernels may
+    add in another order (``randomness.deterministic=True`` helps). With more than two processes a reduction may, too.
+    Not covered: transforms that own a generator, iterable data sets, loaders without automatic batching and, with
+    mmengine 0.10.7, augmentations in the workers of iteration-based training, which start before any hook.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def before_train(self, runner: Runner) -> None:
+        self._fetch = None
+        loader = getattr(runner.train_loop, 'dataloader', None)
+        if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+            previous = getattr(loader.dataset, '__getitems__', None)
+            if isinstance(previous, _SeededFetch):
+                del loader.dataset.__getitems__
+            # An attribute of the data set rather than a wrapper around it: hooks go on finding what they look for.
+            self._fetch = _SeededFetch(loader.dataset, runner.seed, get_rank())
+            loader.dataset.__getitems__ = self._fetch
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        if self._fetch is not None:
+            self._fetch.first.fill_(runner.iter)
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
+        torch.manual_seed(seed_global_generators(runner.seed, get_rank(), runner.iter, 1))  # accelerators too
+
+
+# --- no orphans -------------------------------------------------------------------------------------------------------
+
+
+def end_with_launcher(interval: float = 1.0) -> None:
+    """End this process when the one that started it has gone.
+
+    torchrun ends its processes when one of them or it itself fails, but not when it is killed outright (SIGKILL, the
+    out-of-memory killer): they would train on, beside the run that resumes. A thread looks for another parent rather
+    than asking Linux for a signal (PR_SET_PDEATHSIG), which comes when the parent's *thread* ends.
+    """
+    parent, ended = os.getppid(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(interval):
+            if os.getppid() != parent:
+                print(f'error: the launcher (process {parent}) has gone; process {os.getpid()} ends.', file=sys.stderr)
+                sys.stderr.flush()
+                os._exit(1)
+
+    thread = threading.Thread(target=watch, name='end-with-launcher', daemon=True)
+    thread.start()
+
+    @atexit.register
+    def stop() -> None:  # no thread of ours runs while the interpreter ends
+        ended.set()
+        thread.join()

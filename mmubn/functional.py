@@ -1,0 +1,259 @@
+"""Unified Batch Normalization as pure functions: the readable reference.
+
+Everything here is stateless plain torch and reads in the order in which the data flows::
+
+    x ──► moments ──► similarity ──► gate ──► statistics ──► coefficients ──► apply ──► y
+
+Notation, used by every docstring: x is the input, (N, C, H, W). a and v are the mean and the biased
+variance of x over H and W, one pair per sample and channel (N, C). mu and var are the statistics that
+normalise, one pair per channel (C,). All statistics are float32, or float64 where x is float64, whatever
+the dtype of x and whether or not autocast is on.
+
+Sources: UBN, arXiv 2311.15993 ("the paper"); its centering and scaling rectification come from
+Representative Batch Normalization (RBN, CVPR 2021), its affine rectification from BNET (arXiv 2011.14150).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    'affine',
+    'batch_statistics',
+    'coefficients',
+    'instance_moments',
+    'is_condensed',
+    'mean_cosine_similarity',
+    'normalize',
+    'similarity_sums',
+    'statistics_dtype',
+    'update_running_similarity',
+    'update_running_statistics',
+]
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that statistics of ``x`` are computed in: at least float32, float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel of every sample.
+
+    ``a[n, c] = mean_hw x[n, c]`` and ``v[n, c] = mean_hw (x[n, c] - a[n, c])^2``.
+
+    Args:
+        x: Input, (N, C, H, W).
+
+    Returns:
+        ``(a, v)``, each (N, C), in :func:`statistics_dtype`.
+    """
+    v, a = torch.var_mean(x.to(statistics_dtype(x)), dim=(2, 3), correction=0)
+    return a, v
+
+
+def mean_cosine_similarity(x: Tensor, max_samples: int = 16) -> Tensor:
+    """Mean cosine similarity over all pairs of different samples: :func:`similarity_sums`, sum over number.
+
+    Args:
+        x: Input, (N, ...). Only the first ``max_samples`` samples are read.
+        max_samples: At least 2.
+
+    Returns:
+        s, 0-d tensor in :func:`statistics_dtype`, without gradient. NaN where there is no evidence: fewer than two
+        samples, or a sample whose norm is not finite.
+
+    Source: the paper, Definition 1 and section 3.3.1.
+    """
+    total, pairs = similarity_sums(x, max_samples)
+    return total / pairs
+
+
+@torch.no_grad()
+def similarity_sums(x: Tensor, max_samples: int = 16) -> tuple[Tensor, Tensor]:
+    """Sum of the cosine similarities over all ordered pairs of different samples, and the number of these pairs.
+
+    With ``u_n = f_n / ||f_n||``, ``f_n`` the flattened sample n and n' the number of samples used,
+
+    ``sum_{i != j} u_i . u_j = ||sum_n u_n||^2 - sum_n ||u_n||^2`` over ``n' (n' - 1)`` pairs,
+
+    which is linear in the data: no tensor of all pairs exists. A sample of zeros has similarity 0 to every other.
+
+    Args:
+        x: Input, (N, ...). Only the first ``max_samples`` samples are read.
+        max_samples: At least 2.
+
+    Returns:
+        ``(sum, number)``, 0-d tensors in :func:`statistics_dtype`. The sum is NaN where a norm is not finite.
+    """
+    f = x[:max_samples].flatten(1)
+    n = f.shape[0]
+    f = f.to(statistics_dtype(x))
+    # Normalise before any product: a dot product over C*H*W values would leave the range of float16.
+    norm = torch.linalg.vector_norm(f, dim=1, keepdim=True)
+    u = f / norm.clamp_min(torch.finfo(f.dtype).tiny)
+    total = u.sum(0).square().sum() - u.square().sum()
+    # A finite sample of infinite norm (its square overflowed) would pass for a sample of zeros.
+    return torch.where(norm.isfinite().all(), total, float('nan')), total.new_full((), n * (n - 1))
+
+
+def update_running_similarity(running_similarity: Tensor, similarity: Tensor, momentum: float) -> Tensor:
+    """The running similarity after one training batch.
+
+    ``tau <- (1 - m_s) tau + m_s s``; a similarity that is not finite is no evidence and leaves tau as it is.
+
+    Args:
+        running_similarity: tau, 0-d.
+        similarity: s of the batch, 0-d, from :func:`mean_cosine_similarity`.
+        momentum: m_s.
+
+    Returns:
+        The new tau, a new 0-d tensor.
+
+    Source: the paper, Eq. 3.
+    """
+    updated = (1 - momentum) * running_similarity + momentum * similarity
+    return torch.where(similarity.isfinite(), updated, running_similarity)
+
+
+def is_condensed(running_similarity: Tensor, threshold: float | None) -> Tensor:
+    """The gate: whether the features are condensed, so that the batch's own statistics may be used.
+
+    ``condensed = tau > T``. The result stays on the device; nothing here waits for it.
+
+    Args:
+        running_similarity: tau, 0-d.
+        threshold: T, the feature condensation threshold. None turns the gate off: always condensed.
+
+    Returns:
+        0-d bool tensor.
+
+    Source: the paper, Eq. 3.
+    """
+    if threshold is None:
+        return torch.ones_like(running_similarity, dtype=torch.bool)
+    return running_similarity > threshold
+
+
+def batch_statistics(a: Tensor, v: Tensor, center_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of the centred input ``x_c = x + w_m a`` over the batch, from the instance moments.
+
+    The instance mean of x_c is ``(1 + w_m) a`` and its instance variance is still v, so, by the law of total variance,
+
+    ``mu_B = mean_n (1 + w_m) a`` and ``var_B = mean_n v + var_n (1 + w_m) a``: no second pass over x, no cancellation.
+
+    Args:
+        a: Instance means, (N, C).
+        v: Instance variances, (N, C).
+        center_weight: w_m, (C,). None for no centering rectification (w_m = 0).
+
+    Returns:
+        ``(mu_B, var_B)``, each (C,).
+
+    Source: the paper, Eqs. 2 and 4; RBN for the centering.
+    """
+    centred = a if center_weight is None else (1 + center_weight) * a
+    return centred.mean(0), v.mean(0) + centred.var(0, correction=0)
+
+
+def update_running_statistics(
+    running: tuple[Tensor, Tensor], batch: tuple[Tensor, Tensor], momentum: float | Tensor, count: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Running mean and variance after one batch, as in ``nn.BatchNorm2d``.
+
+    ``running <- (1 - m) running + m batch``, with the unbiased batch variance, ``count / (count - 1) var_B``.
+    A channel whose batch statistics are not finite keeps what it has, so that one bad batch does not stay for good.
+
+    Args:
+        running: ``(running_mean, running_var)``, each (C,).
+        batch: ``(mu_B, var_B)`` of :func:`batch_statistics`, each (C,).
+        momentum: m.
+        count: Values per channel, N * H * W; 0-d where it is known on the device alone.
+
+    Returns:
+        The new ``(running_mean, running_var)``, without gradient.
+    """
+    mean, var = (t.detach() for t in batch)
+    finite = mean.isfinite() & var.isfinite()
+    unbiased = var * (count / (count - 1 + (count <= 1)))
+    return tuple(
+        torch.where(finite, (1 - momentum) * old + momentum * new, old)
+        for old, new in zip(running, (mean, unbiased), strict=True)
+    )
+
+
+def coefficients(
+    a: Tensor,
+    statistics: tuple[Tensor, Tensor],
+    eps: float,
+    center_weight: Tensor | None,
+    scale_weight: Tensor | None,
+    scale_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The rectified normalisation of each sample and channel: ``r x_s = (x - center) * scale``.
+
+    With ``x_s = (x + w_m a - mu) / sqrt(var + eps)`` and its instance mean
+    ``K_s = ((1 + w_m) a - mu) / sqrt(var + eps)``:
+
+    ``r = sigmoid(w_v K_s + w_b)``, ``center = mu - w_m a`` and ``scale = r / sqrt(var + eps)``.
+
+    Args:
+        a: Instance means, (N, C).
+        statistics: ``(mu, var)``, each (C,).
+        eps: Added to the variance.
+        center_weight: w_m, (C,). None for no centering rectification.
+        scale_weight: w_v, (C,). None, with ``scale_bias``, for no scaling rectification (r = 1).
+        scale_bias: w_b, (C,).
+
+    Returns:
+        ``(center, scale, r)``: center and scale broadcast to (N, C); r is (N, C), or None without scaling.
+
+    Source: the paper, Eq. 4 (section 3.3.2); RBN.
+    """
+    mu, var = statistics
+    inv_std = torch.rsqrt(var + eps)
+    center = mu.unsqueeze(0) if center_weight is None else mu - center_weight * a
+    if scale_weight is None:
+        return center, inv_std.unsqueeze(0), None
+    r = torch.sigmoid(scale_weight * ((a - center) * inv_std) + scale_bias)
+    return center, r * inv_std, r
+
+
+def normalize(x: Tensor, center: Tensor, scale: Tensor) -> Tensor:
+    """``(x - center) * scale`` in :func:`statistics_dtype`, for x of (N, C, H, W) and coefficients of (N or 1, C).
+
+    Subtracting first keeps the digits that ``scale * x + shift`` loses when the mean is large beside the deviation.
+    """
+    return (x.to(statistics_dtype(x)) - center[:, :, None, None]) * scale[:, :, None, None]
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor, neighbor_weight: Tensor | None) -> Tensor:
+    """Affine rectification: a depthwise k x k convolution with zero padding k // 2 takes the place of gamma.
+
+    ``y = depthwise_conv(x; kernel) + beta``, and for k = 1 ``y = gamma x + beta``, the affine step of BatchNorm.
+
+    Args:
+        x: Normalised input, (N, C, H, W).
+        weight: Centre tap of the kernel, (C,): gamma of BatchNorm.
+        bias: beta: (C,), or (N, C) where it differs between samples.
+        neighbor_weight: The other taps, row by row without the centre, (C, k*k - 1). None for k = 1.
+
+    Returns:
+        (N, C, H, W).
+
+    Source: the paper, Eq. 5 (section 3.3.3); BNET.
+    """
+    if neighbor_weight is None:
+        y = x * weight[:, None, None]
+    else:
+        channels, neighbors = neighbor_weight.shape
+        # Slices, not split: an ONNX exporter then folds the kernel to a constant.
+        before, after = neighbor_weight[:, : neighbors // 2], neighbor_weight[:, neighbors // 2 :]
+        size = math.isqrt(int(neighbors) + 1)
+        kernel = torch.cat([before, weight[:, None], after], dim=1).view(channels, 1, size, size)
+        y = F.conv2d(x, kernel, padding=size // 2, groups=channels)
+    return y + bias[..., None, None]

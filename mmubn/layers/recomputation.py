@@ -1,0 +1,58 @@
+"""What a forward decided, kept for activation checkpointing, which runs it a second time."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ['Call', 'RecentCalls']
+
+
+class Call(NamedTuple):
+    """One training forward: what tells it from others, and what its repetition must not decide anew."""
+
+    a: Tensor  # instance means of its input, (N, C)
+    condensed: Tensor  # the gate's decision, 0-d bool
+    running: Tensor  # running mean and variance before the call, (2, C)
+    exchanged: Tensor | None  # what a collective gave
+
+
+class RecentCalls:
+    """The last training forwards of one layer.
+
+    With activation checkpointing (``torch.utils.checkpoint``, reentrant or not; ``with_cp=True`` of a backbone) the
+    forward runs again during the backward. By then the averages have moved and the gate may have flipped: the second
+    run must use the first one's decision, move nothing and call no collective. Its input tells which call it repeats;
+    the choice is made on the device.
+
+    The calls are no state: copies and pickles of a layer start without.
+    """
+
+    def __init__(self, length: int = 16) -> None:
+        self._calls: deque[Call] = deque(maxlen=length)
+
+    def __reduce__(self) -> tuple:
+        return RecentCalls, (self._calls.maxlen,)
+
+    def record(self, call: Call) -> None:
+        if not torch.compiler.is_compiling():  # a compiled graph repeats what it saved, not the layer's Python code
+            self._calls.append(call)
+
+    def recomputed(self, a: Tensor) -> Call | None:
+        """The call that is being repeated, found by its instance means; None where this is a first run."""
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            return None
+        calls = [call for call in self._calls if (call.a.shape, call.a.device) == (a.shape, a.device)]
+        if len(calls) < 2:
+            return calls[0] if calls else None
+        distance = torch.stack([(call.a - a.detach()).abs().sum() for call in calls])
+        which = distance.argmin()
+        return Call(
+            a,
+            torch.stack([call.condensed for call in calls])[which],
+            torch.stack([call.running for call in calls])[which],
+            None if calls[0].exchanged is None else torch.stack([call.exchanged for call in calls])[which],
+        )

@@ -1,0 +1,109 @@
+"""UBN written a second time, independently: float64, loops over samples, channels and taps, in the order of the paper.
+
+It shares nothing with ``mmubn``: the rectified input, its variance and the pooled features are computed from the data
+itself where the package uses closed forms, and the similarity goes through every pair.
+"""
+
+import math
+
+import torch
+
+
+def pairwise_similarity(x, max_samples=16, groups=None):
+    """Mean cosine over all ordered pairs of different samples; None with fewer than two.
+
+    ``groups``: sizes of groups of consecutive samples; then only pairs inside a group count, each group's first
+    ``max_samples`` samples.
+    """
+    total, pairs = 0.0, 0
+    for group in x.split(groups or len(x)):
+        samples = [sample.flatten().double() for sample in group[:max_samples]]
+        for i, f in enumerate(samples):
+            for j, g in enumerate(samples):
+                if i != j:
+                    norms = math.sqrt(float(f @ f)) * math.sqrt(float(g @ g))
+                    total += float(f @ g) / norms if norms > 0 else 0.0
+                    pairs += 1
+    return total / pairs if pairs else None
+
+
+def fresh_state(channels):
+    return {
+        'running_mean': torch.zeros(channels, dtype=torch.float64),
+        'running_var': torch.ones(channels, dtype=torch.float64),
+        'running_similarity': 1.0,
+        'num_batches_tracked': 0,
+    }
+
+
+def ubn(
+    x,
+    parameters,
+    state,
+    training=True,
+    eps=1e-5,
+    momentum=0.1,
+    threshold=0.15,
+    similarity_momentum=0.1,
+    similarity_samples=16,
+    calibrate_bias=False,
+    groups=None,
+):
+    """One call of UBN. Returns (output, new state); gradients flow to ``x`` and ``parameters`` through autograd.
+
+    ``parameters``: weight, bias and, where the part is on, neighbor_weight, center_weight, scale_weight, scale_bias.
+    """
+    samples, channels, height, width = x.shape
+    state = dict(state)
+    condensed = True
+    if training and threshold is not None:
+        s = pairwise_similarity(x.detach(), similarity_samples, groups)
+        if s is not None:
+            state['running_similarity'] = (1 - similarity_momentum) * state[
+                'running_similarity'
+            ] + similarity_momentum * s
+        condensed = state['running_similarity'] > threshold
+
+    neighbors = parameters.get('neighbor_weight')
+    size = 1 if neighbors is None else math.isqrt(neighbors.shape[1] + 1)
+    half = size // 2
+    out_channels, means, variances = [], [], []
+    for c in range(channels):
+        plane = [x[n, c] for n in range(samples)]
+        if 'center_weight' in parameters:
+            plane = [p + parameters['center_weight'][c] * (p.sum() / (height * width)) for p in plane]
+
+        if training and condensed:
+            values = torch.cat([p.flatten() for p in plane])
+            mean = values.sum() / values.numel()
+            var = ((values - mean) ** 2).sum() / values.numel()
+            means.append(mean.detach())
+            variances.append(var.detach() * values.numel() / max(values.numel() - 1, 1))
+        else:
+            mean, var = state['running_mean'][c], state['running_var'][c]
+
+        if neighbors is None:
+            taps = [parameters['weight'][c]]
+        else:
+            taps = list(neighbors[c])
+            taps.insert(len(taps) // 2, parameters['weight'][c])
+
+        out = []
+        for p in plane:
+            z = (p - mean) / torch.sqrt(var + eps)
+            r = 1.0
+            if 'scale_weight' in parameters:
+                pooled = z.sum() / (height * width)
+                r = 1 / (1 + torch.exp(-(parameters['scale_weight'][c] * pooled + parameters['scale_bias'][c])))
+            padded = torch.nn.functional.pad(r * z, (half,) * 4) if half else r * z
+            y = sum(
+                taps[i * size + j] * padded[i : i + height, j : j + width] for i in range(size) for j in range(size)
+            )
+            out.append(y + parameters['bias'][c] * (r if calibrate_bias else 1.0))
+        out_channels.append(torch.stack(out))
+
+    if training and condensed:
+        state['running_mean'] = (1 - momentum) * state['running_mean'] + momentum * torch.stack(means)
+        state['running_var'] = (1 - momentum) * state['running_var'] + momentum * torch.stack(variances)
+        state['num_batches_tracked'] += 1
+    return torch.stack(out_channels, dim=1), state

@@ -1,0 +1,120 @@
+"""tools/model_converters/convert_norm.py."""
+
+import argparse
+import runpy
+import sys
+
+import pytest
+import torch
+from cli import ROOT, tool
+from torch import nn
+
+from mmubn import UBN
+
+TOOL = 'model_converters/convert_norm.py'
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The tool in this process: (exit status, what it said)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, 'argv', [TOOL, *map(str, arguments)])
+        status = 0
+        try:
+            runpy.run_path(str(ROOT / 'tools' / TOOL), run_name='__main__')
+        except SystemExit as end:
+            status = end.code
+        return status, ''.join(capsys.readouterr())
+
+    return run
+
+
+def network(norm):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm(8), nn.ReLU(), nn.Conv2d(8, 4, 1), norm(4))
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith('running_var'):
+                tensor.uniform_(0.5, 2)
+            elif tensor.is_floating_point() and tensor.dim():
+                tensor.normal_()
+    return model.eval()
+
+
+@pytest.mark.parametrize('wrapper', ['plain', 'model', 'state_dict'])
+def test_there_and_back(tmp_path, run, wrapper):
+    model, x = network(nn.BatchNorm2d), torch.randn(2, 3, 8, 8)
+    rest = {
+        'plain': {},
+        'model': {'args': argparse.Namespace(lr=0.1), 'epoch': 3},
+        'state_dict': {'meta': {'epoch': 3}, 'ema_state_dict': model.state_dict(), 'optimizer': {'state': {}}},
+    }[wrapper]
+    source, converted, back = (tmp_path / f'{name}.pth' for name in ('source', 'converted', 'back'))
+    torch.save({wrapper: model.state_dict(), **rest} if rest else model.state_dict(), source)
+
+    status, output = run(source, converted, '--to', 'ubn')
+    assert status == 0, output
+    assert '2 layers to UBN: 2 from BatchNorm' in output
+    assert ('do not resume' in output) == ('optimizer' in rest)
+    content = torch.load(converted, weights_only=False)
+    state_dict = content[wrapper] if rest else content
+    other = network(UBN)
+    # Already in UBN's own layout: nothing is left to be converted by the layer.
+    assert {key: value.shape for key, value in state_dict.items()} == {
+        key: value.shape for key, value in other.state_dict().items()
+    }
+    other.load_state_dict(state_dict)
+    with torch.no_grad():
+        assert torch.allclose(other(x), model(x), rtol=1e-4, atol=1e-5)
+    assert {key: content[key] for key in rest if key != 'ema_state_dict'} == {
+        key: value for key, value in rest.items() if key != 'ema_state_dict'
+    }
+    if 'ema_state_dict' in rest:
+        assert content['ema_state_dict'].keys() == state_dict.keys()
+
+    status, output = run(converted, back, '--to', 'bn')
+    assert status == 0, output
+    content = torch.load(back, weights_only=False)
+    state_dict = content[wrapper] if rest else content
+    assert list(state_dict) == list(model.state_dict())
+    for key, value in model.state_dict().items():
+        assert torch.allclose(state_dict[key], value, rtol=1e-6), key
+
+
+def test_released_layout_needs_the_argument_of_the_layers(tmp_path):
+    source, converted = tmp_path / 'source.pth', tmp_path / 'converted.pth'
+    torch.save({'state_dict': network(UBN).state_dict()}, source)
+    result = tool(TOOL, source, converted, '--to', 'ubn-released')
+    assert result.returncode == 2
+    assert 'error: nothing was written: 1.bias of a UBN has no exact equal in a released UBN' in result.stdout
+    assert not converted.exists()
+    result = tool(TOOL, source, converted, '--to', 'ubn-released', '--calibrate-bias')
+    assert result.returncode == 0, result.stdout
+    assert torch.load(converted)['state_dict']['1.bnconv.weight'].shape == (8, 1, 3, 3)
+
+
+def test_refuses_with_one_line(tmp_path, run):
+    source, target, text = tmp_path / 'source.pth', tmp_path / 'target.pth', tmp_path / 'text.pth'
+    text.write_text('no checkpoint')
+
+    def refuses(src, dst, message):
+        status, output = run(src, dst, '--to', 'bn')
+        assert status == 2
+        assert output.startswith('error: ')
+        assert message in output
+        assert output.count('\n') == 1
+        assert not dst.exists()
+
+    for content, message in [
+        ({'state_dict': network(UBN).state_dict()}, '1.center_weight of a UBN: expected zeros'),
+        ({'state_dict': {'weight': torch.ones(1)}}, 'no norm layer with running statistics'),
+        ({'state_dict': {'bn.running_mean': torch.ones(1)}}, 'bn.running_var is missing'),
+        ({'epoch': 3}, 'no state dict'),
+        ([torch.ones(1)], 'holds a list'),
+    ]:
+        torch.save(content, source)
+        refuses(source, target, message)
+    refuses(text, target, 'text.pth is no checkpoint')
+    refuses(tmp_path / 'none.pth', target, 'none.pth does not exist')
+    refuses(source, tmp_path / 'none' / 'target.pth', 'the folder of')

@@ -1,0 +1,61 @@
+"""tools/setup_env.py: the lock file, and what is told before minutes are spent. `make test` is the test of the rest."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+
+import pytest
+from cli import ROOT, tool
+
+
+@pytest.fixture(scope='module')
+def setup_env():
+    spec = importlib.util.spec_from_file_location('setup_env', ROOT / 'tools' / 'setup_env.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize('name', ['lock', 'lock-cuda'])
+def test_every_package_is_pinned_exactly(setup_env, name):
+    pins = setup_env.read_lock(ROOT / 'requirements' / f'{name}.txt')
+    for pin in '\n'.join(pins.values()).split('\n'):
+        assert re.fullmatch(r'[\w.-]+={2,3}[\w.]+( ; .+)?', pin), pin
+    asked = {
+        re.match(r'[\w.-]+', line).group()
+        for line in (ROOT / 'requirements' / f'{name}.in').read_text().splitlines()
+        if line.strip() and not line.startswith('#')
+    }
+    assert asked <= pins.keys()
+
+
+def test_the_environment_of_this_test_is_the_locked_one(setup_env):
+    """Lines with a marker are pip's business; the others must be installed as they stand."""
+    frozen = subprocess.check_output([sys.executable, '-m', 'pip', 'list', '--format=freeze'], text=True).lower()
+    installed = dict(line.split('==', 1) for line in frozen.replace('_', '-').splitlines() if '==' in line)
+    for name, pin in setup_env.read_lock(ROOT / 'requirements' / 'lock.txt').items():
+        if ';' not in pin:
+            assert installed[name].split('+')[0] == pin.split('==')[-1].strip('='), name
+
+
+def test_a_ready_environment_is_left_as_it_is(setup_env, tmp_path):
+    (tmp_path / '.mmubn-environment').write_text(setup_env.environment_key())
+    result = tool('setup_env.py', tmp_path)
+    assert result.returncode == 0
+    assert result.stdout == ''
+    assert [path.name for path in tmp_path.iterdir()] == ['.mmubn-environment']
+
+
+def test_a_folder_that_is_no_environment_is_left_alone(tmp_path):
+    (tmp_path / 'thesis.txt').write_text('years of work')
+    result = tool('setup_env.py', tmp_path)
+    assert result.returncode == 1
+    assert f'{tmp_path} exists and is no virtual environment' in result.stdout
+
+
+def test_a_missing_compiler_is_told(tmp_path):
+    result = tool('setup_env.py', tmp_path / 'venv', PATH=str(tmp_path), CXX='')
+    assert result.returncode == 1
+    assert 'apt-get install g++' in result.stdout
+    assert not (tmp_path / 'venv').exists()

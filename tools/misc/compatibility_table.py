@@ -1,0 +1,85 @@
+"""Write docs/compatibility.md from the names of the tests, so that it says what is tested and nothing else.
+
+Example:
+
+    python tools/misc/compatibility_table.py          # write
+    python tools/misc/compatibility_table.py --check  # end with status 1 where the file is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+DOCUMENT = ROOT / 'docs' / 'compatibility.md'
+AREAS = {
+    'Checkpoints': ['tests/test_checkpoints.py', 'tests/tools/test_convert_norm.py'],
+    'Norm layers in OpenMMLab and PyTorch': ['tests/test_traps.py', 'tests/test_registration.py'],
+    'What would replace UBN': ['tests/test_guards.py'],
+    'Parameter and FLOP counters': ['tests/test_complexity.py'],
+    'Activation checkpointing': ['tests/layers/test_recomputation.py'],
+    'Synchronised statistics': ['tests/layers/test_sync_ubn.py'],
+    'Deployment': ['tests/test_deploy.py'],
+    'Mixed precision and loading': ['tests/test_mixed_precision.py', 'tests/test_environment.py'],
+    'Faults': ['tests/tools/test_faults.py'],
+}
+LOCKED = ('torch', 'torchvision', 'onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmpretrain')
+
+
+def tests(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Of each test of a file: its name for pytest, the name read aloud, and whether it is about a refusal."""
+    for node in ast.parse(path.read_text()).body:
+        group = [node]
+        scope = ()
+        if isinstance(node, ast.ClassDef):
+            group, scope = node.body, (node.name,)
+        for function in group:
+            if isinstance(function, ast.FunctionDef) and function.name.startswith('test_'):
+                subject = [re.sub(r'(?<=[a-z0-9])(?=[A-Z])', ' ', name.removeprefix('Test')) for name in scope]
+                sentence = ': '.join([*subject, function.name.removeprefix('test_').replace('_', ' ')])
+                refused = re.search(r'refus|error|broken|missing', sentence)
+                yield '::'.join([*scope, function.name]), sentence, 'refused' if refused else 'supported'
+
+
+def document() -> str:
+    lock = (ROOT / 'requirements' / 'lock.txt').read_text()
+    versions = [re.search(rf'^({name})={{2,3}}([\w.]+)', lock, re.MULTILINE).groups() for name in LOCKED]
+    lines = [
+        '# Compatibility',
+        '',
+        'Each line is a test of that name: of what is supported or, by an error that says what to do, refused.',
+        '`make test-all` runs them; `python tools/misc/compatibility_table.py` writes this page.',
+        '',
+        'Tested on the CPU with:',
+        '',
+        *(f'- {name} {version}' for name, version in versions),
+        '',
+        '| area | what | verdict | test |',
+        '|---|---|---|---|',
+    ]
+    for area, files in AREAS.items():
+        for file in files:
+            lines += [
+                f'| {area} | {what} | {verdict} | `{file}::{name}` |' for name, what, verdict in tests(ROOT / file)
+            ]
+    return '\n'.join([*lines, ''])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
+    parser.add_argument('--check', action='store_true', help='only compare')
+    args = parser.parse_args()
+    if args.check:
+        if DOCUMENT.read_text() != document():
+            sys.exit('docs/compatibility.md is out of date: python tools/misc/compatibility_table.py writes it')
+        return
+    DOCUMENT.write_text(document())
+
+
+if __name__ == '__main__':
+    main()

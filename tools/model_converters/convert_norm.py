@@ -1,0 +1,88 @@
+"""Convert the norm layers of a checkpoint to another state-dict layout of exactly the same function.
+
+Every layer with running statistics is converted, from the layout that its keys say it has; the rest of the file stays
+as it is. Where a layer has no exact equal in the new layout, the tool says which and why, and writes nothing. To start
+UBN from a checkpoint of another norm, nothing has to be converted: UBN reads all of these. See docs/checkpoints.md.
+
+Examples:
+
+    python tools/model_converters/convert_norm.py released_ubn.pth ubn.pth --to ubn --calibrate-bias
+    python tools/model_converters/convert_norm.py epoch_12.pth released.pth --to ubn-released --calibrate-bias
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+
+import mmubn  # noqa: F401 - lets torch.load read MMEngine's checkpoints
+from mmubn.checkpoints import LAYOUTS, convert_state_dict, is_state_dict
+from mmubn.engine import UsageError, check_file, run_tool
+
+# Where MMEngine and torchvision keep state dicts in a checkpoint, those of averaged models included.
+STATE_DICT_KEYS = ('state_dict', 'ema_state_dict', 'model', 'model_ema')
+
+
+def parse_args() -> argparse.Namespace:
+    summary, details, examples = __doc__.split('\n\n', 2)
+    parser = argparse.ArgumentParser(
+        description=f'{summary}\n\n{details}', epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('src', type=Path, help='checkpoint file to read')
+    parser.add_argument('dst', type=Path, help='checkpoint file to write')
+    parser.add_argument('--to', required=True, choices=LAYOUTS, help='layout to write')
+    parser.add_argument(
+        '--calibrate-bias',
+        action='store_true',
+        help='the UBN layers that were saved, or that will load the result, have calibrate_bias=True',
+    )
+    return parser.parse_args()
+
+
+def read(path: Path) -> dict:
+    check_file(str(path), 'the checkpoint', 'give the path of a file')
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise UsageError(f'{path} is no checkpoint that is safe to read: {str(error).splitlines()[0]}') from error
+    if not isinstance(checkpoint, dict):
+        raise UsageError(f'{path} holds a {type(checkpoint).__name__}, not a checkpoint.')
+    return checkpoint
+
+
+def convert(checkpoint: dict, to: str, calibrate_bias: bool) -> dict:
+    """The checkpoint with each of its state dicts converted; says how many layers that are."""
+    parts = {key: checkpoint[key] for key in STATE_DICT_KEYS if is_state_dict(checkpoint.get(key))}
+    if not parts and is_state_dict(checkpoint):
+        return convert({'state_dict': checkpoint}, to, calibrate_bias)['state_dict']
+    if not parts:
+        raise UsageError(f'nothing was written: the file has no state dict, itself or as {", ".join(STATE_DICT_KEYS)}.')
+    converted = {}
+    for key, state_dict in parts.items():
+        try:
+            converted[key], counts = convert_state_dict(state_dict, to, calibrate_bias)
+        except ValueError as error:
+            raise UsageError(f'nothing was written: {error}') from error
+        if not counts:
+            raise UsageError(f'nothing was written: {key} has no norm layer with running statistics.')
+        sources = ', '.join(f'{count} from {title}' for title, count in counts.items())
+        print(f'{key}: {counts.total()} layers to {LAYOUTS[to].title}: {sources}')
+    return {**checkpoint, **converted}
+
+
+def main() -> None:
+    args = parse_args()
+    if not args.dst.absolute().parent.is_dir():
+        raise UsageError(f'the folder of {args.dst} does not exist; make it first.')
+    checkpoint = read(args.src)
+    torch.save(convert(checkpoint, args.to, args.calibrate_bias), args.dst)
+    print(f'wrote {args.dst}')
+    if 'optimizer' in checkpoint:
+        print("The optimizer's state is that of the old layers: load the file, but do not resume from it.")
+
+
+if __name__ == '__main__':
+    run_tool(main)

@@ -1,0 +1,107 @@
+"""Evaluate a checkpoint, as MMDetection's tool of this name does; UBN is registered, and CPU processes work too.
+
+Example:
+
+    python tools/test.py configs/faster_rcnn/faster-rcnn_r50_fpn_ubn-backbone_1x_coco.py work_dirs/run/epoch_12.pth
+"""
+
+import argparse
+import copy
+
+from mmengine.config import Config, ConfigDict
+from mmengine.evaluator import DumpResults
+
+import mmubn  # noqa: F401 - registers UBN for configs that do not import it
+from mmubn.engine import (
+    UsageError,
+    add_config_arguments,
+    add_run_arguments,
+    build_runner,
+    check_file,
+    check_paths,
+    load_config,
+    run_tool,
+    set_run,
+)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split('\n\n')[0], epilog='See README.md.', formatter_class=argparse.RawTextHelpFormatter
+    )
+    add_config_arguments(parser)
+    parser.add_argument('checkpoint', help='checkpoint file or URL')
+    add_run_arguments(parser)
+    parser.add_argument('--out', metavar='FILE.pkl', help='write the predictions to a pickle file')
+    parser.add_argument('--show', action='store_true', help='show the predictions in windows')
+    parser.add_argument('--show-dir', help='draw the predictions into WORK_DIR/TIMESTAMP/SHOW_DIR')
+    parser.add_argument('--wait-time', type=float, default=2, help='seconds that --show shows an image')
+    parser.add_argument(
+        '--tta', action='store_true', help="test with flipped images too, or as the config's tta_model says"
+    )
+    return parser.parse_args()
+
+
+def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
+    """Turn on the visualization hook that every MMDetection and MMPretrain config has among its default hooks."""
+    hook = cfg.get('default_hooks', {}).get('visualization')
+    if hook is None:
+        raise UsageError(f'--show and --show-dir need a visualization hook in default_hooks of {args.config}.')
+    # The two packages name the same switches differently.
+    classifies = cfg.get('default_scope') == 'mmpretrain'
+    hook['enable' if classifies else 'draw'] = True
+    hook.show = args.show
+    hook.wait_time = args.wait_time
+    if args.show_dir:
+        hook['out_dir' if classifies else 'test_out_dir'] = args.show_dir
+
+
+def use_test_time_augmentation(cfg: Config) -> None:
+    """Wrap the model as ``tta_model`` and ``tta_pipeline`` say; by default, merge the image and its mirror image."""
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    if 'tta_model' not in cfg:
+        nms = dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)
+        cfg.tta_model = dict(type='DetTTAModel', tta_cfg=nms)
+    if 'tta_pipeline' not in cfg:
+        pipeline = copy.deepcopy(dataset.pipeline)
+        pack = copy.deepcopy(pipeline[-1])
+        meta_keys = pack.get('meta_keys', ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))
+        pack.meta_keys = (*meta_keys, 'flip', 'flip_direction')
+        flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
+        pipeline[-1] = dict(type='TestTimeAug', transforms=[flips, [pack]])
+        cfg.tta_pipeline = pipeline
+    dataset.pipeline = cfg.tta_pipeline
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+
+
+def main() -> None:
+    args = parse_args()
+    if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
+        raise UsageError(f'--out must end in .pkl or .pickle, got {args.out}.')
+    cfg = load_config(args)
+    set_run(cfg, args)
+    cfg.load_from = args.checkpoint
+    check_file(args.checkpoint, 'the checkpoint', 'train one with tools/train.py, or give the path of an existing one')
+    check_paths(cfg, splits=('test',), pretrained=False)
+    if args.show or args.show_dir:
+        draw_predictions(cfg, args)
+    if args.tta:
+        use_test_time_augmentation(cfg)
+    runner = build_runner(cfg)
+    if args.out is not None:
+        runner.test_evaluator.metrics.append(_dumper(cfg)(out_file_path=args.out))
+    runner.test()
+
+
+def _dumper(cfg: Config) -> type[DumpResults]:
+    if cfg.get('default_scope') != 'mmdet':
+        return DumpResults
+    from mmdet.evaluation import DumpDetResults  # encodes masks, which are large
+
+    return DumpDetResults
+
+
+if __name__ == '__main__':
+    run_tool(main)

@@ -1,0 +1,68 @@
+"""Train a model from a config, as MMDetection's tool of this name does; UBN is registered, and CPU processes work too.
+
+Examples:
+
+    python tools/train.py configs/faster_rcnn/faster-rcnn_r50_fpn_ubn-backbone_1x_coco.py
+    python tools/train.py mmdet::retinanet/retinanet_r50_fpn_1x_coco.py --cfg-options model.backbone.norm_cfg.type=UBN
+"""
+
+import argparse
+
+import mmubn  # noqa: F401 - registers UBN for configs that do not import it
+from mmubn.engine import (
+    UsageError,
+    add_config_arguments,
+    add_run_arguments,
+    build_runner,
+    check_file,
+    check_paths,
+    load_config,
+    run_tool,
+    set_run,
+)
+from mmubn.faults import make_resumable
+from mmubn.mixed_precision import use_mixed_precision
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split('\n\n')[0], epilog='See README.md.', formatter_class=argparse.RawTextHelpFormatter
+    )
+    add_config_arguments(parser)
+    add_run_arguments(parser)
+    parser.add_argument('--amp', action='store_true', help='train in mixed precision (bfloat16 where there is no GPU)')
+    parser.add_argument(
+        '--auto-scale-lr', action='store_true', help='scale the learning rate with the total batch size (linear rule)'
+    )
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='resume from this checkpoint; without a value, from the last one in the work dir, if any',
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    cfg = load_config(args)
+    set_run(cfg, args)
+    if args.amp:
+        use_mixed_precision(cfg)
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise UsageError(f'--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in {args.config}.')
+        cfg.auto_scale_lr.enable = True
+    if args.resume is not None:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    if cfg.get('load_from'):
+        check_file(cfg.load_from, 'the checkpoint', 'give the path of an existing one')
+    check_paths(cfg, splits=('train', 'val'), pretrained=True)
+    make_resumable(cfg)
+    build_runner(cfg).train()
+
+
+if __name__ == '__main__':
+    run_tool(main)
