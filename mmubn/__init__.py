@@ -12,16 +12,16 @@ from mmubn.checkpoints import report_layouts, unwrap_model_key  # noqa: E402
 from mmubn.complexity import install_counters  # noqa: E402
 from mmubn.deploy import FoldedUBN, fold  # noqa: E402
 from mmubn.guards import install_guards  # noqa: E402
-from mmubn.layers import UBN, SyncUBN  # noqa: E402 - only after torch is known to be there
+from mmubn.layers import BNET, IEBN, RBN, UBN, SyncUBN, UnitizedBN  # noqa: E402 - only after torch is known to be there
 from mmubn.version import __version__  # noqa: E402
 
-__all__ = ['UBN', 'FoldedUBN', 'SyncUBN', '__version__', 'fold']
+__all__ = ['BNET', 'IEBN', 'RBN', 'UBN', 'FoldedUBN', 'SyncUBN', 'UnitizedBN', '__version__', 'fold']
 
 if _HAS_MMENGINE:
     from mmengine.registry import MODELS
 
     # In the root registry: mmcv looks a norm up in the scope it is called from and in its parents, never in a sibling.
-    for norm in (UBN, SyncUBN):
+    for norm in (UBN, SyncUBN, RBN, BNET, IEBN, UnitizedBN):
         MODELS.register_module(name=norm.__name__, module=norm)
     allow_mmengine_checkpoints()
     report_layouts()

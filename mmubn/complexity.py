@@ -21,7 +21,7 @@ from importlib import util
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmubn.layers import UBN
+from mmubn.layers import UnifiedNorm
 
 __all__ = ['install_counters']
 
@@ -42,7 +42,7 @@ def _count_in_mmengine() -> None:
 
     @functools.wraps(trace)
     def trace_stand_ins(module: nn.Module, *args, **kwargs):
-        layers = [layer for layer in module.modules() if isinstance(layer, UBN)]
+        layers = [layer for layer in module.modules() if isinstance(layer, UnifiedNorm)]
         for layer in layers:
             layer.forward = functools.partial(_stand_in, layer)
         try:
@@ -54,10 +54,10 @@ def _count_in_mmengine() -> None:
     analysis._get_scoped_trace_graph = trace_stand_ins
 
 
-def _stand_in(layer: UBN, x: Tensor) -> Tensor:
+def _stand_in(layer: UnifiedNorm, x: Tensor) -> Tensor:
     """As many operations as ``layer`` does, of the kinds that the counter knows. Moves no buffers."""
     mean, var = (None, None) if layer.training else (layer.running_mean, layer.running_var)
-    if mean is not None and (layer.centering or layer.scaling):
+    if mean is not None and (layer.centering or layer.scaling is not None):
         mean = F.adaptive_avg_pool2d(x.detach(), 1)[0].flatten()
     if layer.kernel_size == 1:
         return F.batch_norm(x, mean, var, layer.weight, layer.bias, layer.training)
@@ -71,13 +71,17 @@ def _count_in_mmcv() -> None:
     counter = importlib.import_module('mmcv.cnn.utils.flops_counter')
     modules_mapping = counter.get_modules_mapping
 
-    def count(layer: UBN, inputs: tuple[Tensor], output: Tensor) -> None:
-        mean = int(layer.centering or layer.scaling)
+    def count(layer: UnifiedNorm, inputs: tuple[Tensor], output: Tensor) -> None:
+        mean = int(layer.centering or layer.scaling is not None)
         affine = 1 if layer.kernel_size == 1 else layer.kernel_size**2 + 1
         layer.__flops__ += output.numel() * (mean + 1 + affine)
 
     @functools.wraps(modules_mapping)
     def with_ubn() -> dict:
-        return modules_mapping() | dict.fromkeys([UBN, *UBN.__subclasses__()], count)
+        return modules_mapping() | dict.fromkeys(_subclasses(UnifiedNorm), count)
 
     counter.get_modules_mapping = with_ubn
+
+
+def _subclasses(norm: type) -> list[type]:
+    return [each for child in norm.__subclasses__() for each in (child, *_subclasses(child))]

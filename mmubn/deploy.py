@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmubn.functional import statistics_dtype
+from mmubn.functional import statistics_dtype, without_autocast
 from mmubn.layers import UBN
 
 __all__ = ['FoldedUBN', 'fold']
@@ -83,12 +83,8 @@ class FoldedUBN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() == 0:
             return x
-        # As in UBN, float32 inside. Only where autocast is on: an exported graph is plainer without the switch.
-        device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return self._forward(x)
-        return self._forward(x)
+        with without_autocast(x.device.type):  # as in UBN, float32 inside
+            return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
         y = x.to(statistics_dtype(x))

@@ -15,6 +15,7 @@ Representative Batch Normalization (RBN, CVPR 2021), its affine rectification fr
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -25,6 +26,7 @@ __all__ = [
     'affine',
     'batch_statistics',
     'coefficients',
+    'depthwise_kernel',
     'instance_moments',
     'is_condensed',
     'mean_cosine_similarity',
@@ -33,12 +35,20 @@ __all__ = [
     'statistics_dtype',
     'update_running_similarity',
     'update_running_statistics',
+    'without_autocast',
 ]
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """The dtype that statistics of ``x`` are computed in: at least float32, float64 for float64."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager:
+    """A context without autocast. Does nothing where it is off: an exported graph is plainer without the switch."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,39 +197,55 @@ def update_running_statistics(
 
 
 def coefficients(
-    a: Tensor,
+    a: Tensor | None,
+    v: Tensor | None,
     statistics: tuple[Tensor, Tensor],
     eps: float,
+    size: int | Tensor,
+    scaling: str | None,
     center_weight: Tensor | None,
     scale_weight: Tensor | None,
     scale_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The rectified normalisation of each sample and channel: ``r x_s = (x - center) * scale``.
 
-    With ``x_s = (x + w_m a - mu) / sqrt(var + eps)`` and its instance mean
-    ``K_s = ((1 + w_m) a - mu) / sqrt(var + eps)``:
+    ``x_s = (x + w_m a - mu) / sqrt(var + eps)``, so ``center = mu - w_m a`` and ``scale = r / sqrt(var + eps)``.
+    The factor r is one number per sample and channel; ``scaling`` says what it depends on:
 
-    ``r = sigmoid(w_v K_s + w_b)``, ``center = mu - w_m a`` and ``scale = r / sqrt(var + eps)``.
+    - ``'rectified'`` (UBN, RBN): ``r = sigmoid(w_v K_s + w_b)``, K_s the instance mean of x_s;
+    - ``'instance'`` (IEBN): ``r = sigmoid(w_v a + w_b)``;
+    - ``'unitized'`` (UnitizedBN): ``r = 1 + w_v (1 / sqrt(q + eps) - 1)``, where
+      ``q_n = sum_chw x_s^2 / (HW)^2 = sum_c (v + (a - mu)^2) / (var + eps) / (HW)``;
+    - None: r = 1.
 
     Args:
-        a: Instance means, (N, C).
+        a: Instance means, (N, C). May be None without centering and scaling.
+        v: Instance variances, (N, C). Needed for ``'unitized'`` alone.
         statistics: ``(mu, var)``, each (C,).
-        eps: Added to the variance.
+        eps: Added to the variance, and to q.
+        size: H * W.
+        scaling: See above.
         center_weight: w_m, (C,). None for no centering rectification.
-        scale_weight: w_v, (C,). None, with ``scale_bias``, for no scaling rectification (r = 1).
-        scale_bias: w_b, (C,).
+        scale_weight: w_v, (C,). None without scaling.
+        scale_bias: w_b, (C,). None without scaling, and for ``'unitized'``.
 
     Returns:
         ``(center, scale, r)``: center and scale broadcast to (N, C); r is (N, C), or None without scaling.
 
-    Source: the paper, Eq. 4 (section 3.3.2); RBN.
+    Source: the paper, Eq. 4 (section 3.3.2), and RBN (CVPR 2021); IEBN, arXiv 1908.04008; unitization,
+    arXiv 2001.02814.
     """
     mu, var = statistics
     inv_std = torch.rsqrt(var + eps)
     center = mu.unsqueeze(0) if center_weight is None else mu - center_weight * a
-    if scale_weight is None:
+    if scaling is None:
         return center, inv_std.unsqueeze(0), None
-    r = torch.sigmoid(scale_weight * ((a - center) * inv_std) + scale_bias)
+    if scaling == 'unitized':
+        q = ((v + (a - center).square()) * inv_std.square()).sum(1, keepdim=True) / size
+        r = 1 + scale_weight * (torch.rsqrt(q + eps) - 1)
+    else:
+        pooled = (a - center) * inv_std if scaling == 'rectified' else a
+        r = torch.sigmoid(scale_weight * pooled + scale_bias)
     return center, r * inv_std, r
 
 
@@ -247,13 +273,20 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor, neighbor_weight: Tensor | No
 
     Source: the paper, Eq. 5 (section 3.3.3); BNET.
     """
+    kernel = depthwise_kernel(weight, neighbor_weight).to(x.dtype)
     if neighbor_weight is None:
-        y = x * weight[:, None, None]
+        y = x * kernel[..., 0]
     else:
-        channels, neighbors = neighbor_weight.shape
-        # Slices, not split: an ONNX exporter then folds the kernel to a constant.
-        before, after = neighbor_weight[:, : neighbors // 2], neighbor_weight[:, neighbors // 2 :]
-        size = math.isqrt(int(neighbors) + 1)
-        kernel = torch.cat([before, weight[:, None], after], dim=1).view(channels, 1, size, size)
-        y = F.conv2d(x, kernel, padding=size // 2, groups=channels)
+        y = F.conv2d(x, kernel, padding=kernel.shape[-1] // 2, groups=kernel.shape[0])
     return y + bias[..., None, None]
+
+
+def depthwise_kernel(weight: Tensor, neighbor_weight: Tensor | None) -> Tensor:
+    """The kernel (C, 1, k, k) from its centre tap (C,) and the other taps (C, k*k - 1), row by row; None for k = 1."""
+    if neighbor_weight is None:
+        return weight[:, None, None, None]
+    channels, neighbors = neighbor_weight.shape
+    # Slices, not split: an ONNX exporter then folds the kernel to a constant.
+    before, after = neighbor_weight[:, : neighbors // 2], neighbor_weight[:, neighbors // 2 :]
+    size = math.isqrt(int(neighbors) + 1)
+    return torch.cat([before, weight[:, None], after], dim=1).view(channels, 1, size, size)

@@ -47,7 +47,7 @@ class UnfoldableEps(float):
 @functools.cache
 def install_guards() -> None:
     """Wrap the functions that would replace UBN. Models without UBN pass through them as before."""
-    from mmubn.layers import UBN, SyncUBN  # these need UnfoldableEps
+    from mmubn.layers import SyncUBN, UnifiedNorm  # these need UnfoldableEps
 
     def guarded(original: Callable, message: str, unchanged: type | tuple[type, ...] = ()) -> Callable:
         """``original`` with an error for a model that contains a UBN, except where it is one of ``unchanged``."""
@@ -58,7 +58,7 @@ def install_guards() -> None:
             if isinstance(model, unchanged):
                 return model
             for name, layer in model.named_modules():
-                if isinstance(layer, UBN) and not isinstance(layer, unchanged):
+                if isinstance(layer, UnifiedNorm) and not isinstance(layer, unchanged):
                     raise RuntimeError(message.format(layer=f'{type(model).__name__}.{name}'.rstrip('.')))
             return original(*args, **kwargs)
 
@@ -78,7 +78,7 @@ def install_guards() -> None:
 
     @functools.wraps(is_leaf)
     def is_leaf_module(self, module, qualified_name):
-        return isinstance(module, UBN) or is_leaf(self, module, qualified_name)
+        return isinstance(module, UnifiedNorm) or is_leaf(self, module, qualified_name)
 
     torch.fx.Tracer.is_leaf_module = is_leaf_module
 

@@ -15,9 +15,9 @@ class Call(NamedTuple):
     """One training forward: what tells it from others, and what its repetition must not decide anew."""
 
     a: Tensor  # instance means of its input, (N, C)
-    condensed: Tensor  # the gate's decision, 0-d bool
-    running: Tensor  # running mean and variance before the call, (2, C)
-    exchanged: Tensor | None  # what a collective gave
+    mean: Tensor  # the statistics that normalised, (C,)
+    var: Tensor
+    share: Tensor  # of each sample in them, 0-d; 0 where they were the running ones
 
 
 class RecentCalls:
@@ -48,11 +48,6 @@ class RecentCalls:
         calls = [call for call in self._calls if (call.a.shape, call.a.device) == (a.shape, a.device)]
         if len(calls) < 2:
             return calls[0] if calls else None
-        distance = torch.stack([(call.a - a.detach()).abs().sum() for call in calls])
+        distance = torch.stack([(call.a - a).abs().sum() for call in calls])
         which = distance.argmin()
-        return Call(
-            a,
-            torch.stack([call.condensed for call in calls])[which],
-            torch.stack([call.running for call in calls])[which],
-            None if calls[0].exchanged is None else torch.stack([call.exchanged for call in calls])[which],
-        )
+        return Call(a, *(torch.stack(values)[which] for values in list(zip(*calls, strict=True))[1:]))

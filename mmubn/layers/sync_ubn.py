@@ -7,7 +7,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 from mmubn import functional as F
-from mmubn.layers.recomputation import Call
+from mmubn.kernels import Backend
+from mmubn.layers.core import Evidence
 from mmubn.layers.ubn import UBN
 
 __all__ = ['SyncUBN']
@@ -37,32 +38,24 @@ class SyncUBN(UBN):
     def _synchronizes(self) -> bool:
         return self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
-    def _forward_empty(self, x: Tensor) -> Tensor:
+    def _evidence(self, x: Tensor, a: Tensor, v: Tensor, backend: Backend) -> Evidence:
         if not self._synchronizes():
-            return super()._forward_empty(x)
-        # The others wait for this process in both collectives.
-        a = x.new_zeros((0, self.num_features), dtype=F.statistics_dtype(x))
-        mean, var = self._training_statistics(x, a, a)
-        return super()._forward_empty(x) + 0 * (mean.nan_to_num().sum() + var.nan_to_num().sum()).to(x.dtype)
-
-    def _reduce(
-        self, x: Tensor, a: Tensor, v: Tensor, sums: tuple[Tensor, Tensor] | None, call: Call | None
-    ) -> tuple[tuple[Tensor, Tensor], int | Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
-        if not self._synchronizes():
-            return super()._reduce(x, a, v, sums, call)
-        if x.numel():
-            mean, var = F.batch_statistics(a, v, self.center_weight)
-        else:
-            mean = var = self._zero(x).to(a.dtype).expand(self.num_features)
-        if call is None:
-            count = a.new_full((1,), x.numel() // self.num_features)
-            pairs = a.new_zeros(2) if sums is None else torch.stack(sums)
-            exchanged = _all_gather(torch.cat([count, pairs, mean.detach(), var.detach()]))
-        else:
-            exchanged = call.exchanged
-        counts, totals, pairs = exchanged[:, :3].unbind(1)
-        batch = _CombinedStatistics.apply(mean, var, exchanged[:, 3:], counts)
-        return batch, counts.sum(), sums and (totals.sum(), pairs.sum()), exchanged
+            return super()._evidence(x, a, v, backend)
+        count, pairs, statistics = a.new_zeros(1), a.new_zeros(2), a.new_zeros(2, self.num_features)
+        if x.numel() > 0:  # a process without samples adds nothing, but the others wait for it
+            count.fill_(x.numel() // self.num_features)
+            statistics = torch.stack(F.batch_statistics(a, v, self.center_weight))
+            if self._gate_acts():
+                pairs = torch.stack(backend.similarity_sums(x, a, v, self.similarity_samples))
+        gathered = _all_gather(torch.cat([count, pairs, statistics.flatten()]))
+        counts, totals, pairs = gathered[:, :3].unbind(1)
+        # mean = sum_p w_p mean_p and var = sum_p w_p (var_p + (mean_p - mean)^2), w_p the share of the values
+        share = counts / counts.sum().clamp_min(1)
+        means, variances = gathered[:, 3:].chunk(2, dim=1)
+        mean = share @ means
+        var = share @ (variances + (means - mean).square())
+        similarity = totals.sum() / pairs.sum() if self._gate_acts() else None
+        return Evidence((mean, var), counts.sum(), similarity)
 
 
 def _all_gather(vector: Tensor) -> Tensor:
@@ -70,29 +63,3 @@ def _all_gather(vector: Tensor) -> Tensor:
     gathered = vector.new_empty(dist.get_world_size(), vector.numel())
     dist.all_gather(list(gathered.unbind(0)), vector)
     return gathered
-
-
-class _CombinedStatistics(torch.autograd.Function):
-    """Mean and biased variance over all processes from those of each, by the law of total variance.
-
-    ``mu = sum_p w_p mu_p`` and ``var = sum_p w_p (var_p + (mu_p - mu)^2)``, with ``w_p`` the share of the values.
-    The backward adds up the gradients of all processes' losses: the second collective.
-    """
-
-    @staticmethod
-    def forward(ctx, mean: Tensor, var: Tensor, gathered: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        share = counts / counts.sum().clamp_min(1)
-        means, variances = gathered.chunk(2, dim=1)
-        mu = share @ means
-        total = share @ (variances + (means - mu) ** 2)
-        ctx.save_for_backward(mean - mu, share[dist.get_rank()])
-        return mu, total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_mu: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
-        deviation, share = ctx.saved_tensors
-        grads = torch.stack([grad_mu, grad_var])
-        dist.all_reduce(grads)
-        grad_mu, grad_var = grads
-        return share * (grad_mu + 2 * grad_var * deviation), share * grad_var, None, None

@@ -1,23 +1,16 @@
-"""Unified Batch Normalization as a layer: the state, and the order of the steps."""
+"""Unified Batch Normalization as a layer: the gate on top of the core."""
 
 from __future__ import annotations
 
-import math
-from numbers import Integral, Real
-
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
 from mmubn import functional as F
-from mmubn.checkpoints import convert_state
-from mmubn.guards import UnfoldableEps
-from mmubn.layers.recomputation import Call, RecentCalls
+from mmubn.layers.core import UnifiedNorm, is_int, is_number, require
 
 __all__ = ['UBN']
 
 
-class UBN(_BatchNorm):
+class UBN(UnifiedNorm):
     r"""Unified Batch Normalization over a 4-D input.
 
     .. math::
@@ -90,199 +83,49 @@ class UBN(_BatchNorm):
         kernel_size: int = 3,
         calibrate_bias: bool = False,
     ) -> None:
-        _require(_is_int(num_features) and num_features > 0, 'num_features', num_features, 'a positive integer')
-        _require(_is_number(eps, 0) and eps > 0, 'eps', eps, 'a positive number')
-        _require(_is_number(momentum, 0, 1), 'momentum', momentum, 'a number in [0, 1]')
-        _require(
-            threshold is None or _is_number(threshold, -1, 1), 'threshold', threshold, 'a number in [-1, 1], or None'
+        name = type(self).__name__
+        require(
+            threshold is None or is_number(threshold, -1, 1),
+            name,
+            'threshold',
+            threshold,
+            'a number in [-1, 1], or None',
         )
-        _require(
-            _is_number(similarity_momentum, 0, 1), 'similarity_momentum', similarity_momentum, 'a number in [0, 1]'
+        require(
+            is_number(similarity_momentum, 0, 1), name, 'similarity_momentum', similarity_momentum, 'a number in [0, 1]'
         )
-        _require(
-            _is_int(similarity_samples) and similarity_samples >= 2,
+        require(
+            is_int(similarity_samples) and similarity_samples >= 2,
+            name,
             'similarity_samples',
             similarity_samples,
             'an integer of at least 2, since a similarity takes two samples',
         )
-        _require(
-            _is_int(kernel_size) and kernel_size > 0 and kernel_size % 2 == 1,
-            'kernel_size',
-            kernel_size,
-            'a positive odd integer',
+        for argument, value in (('centering', centering), ('scaling', scaling), ('calibrate_bias', calibrate_bias)):
+            require(isinstance(value, bool), name, argument, value, 'True or False')
+        require(scaling or not calibrate_bias, name, 'calibrate_bias', calibrate_bias, 'False where scaling is False')
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            centering=centering,
+            scaling='rectified' if scaling else None,
+            kernel_size=kernel_size,
+            calibrate_bias=calibrate_bias,
+            gated=True,
         )
-        for name, value in (('centering', centering), ('scaling', scaling), ('calibrate_bias', calibrate_bias)):
-            _require(isinstance(value, bool), name, value, 'True or False')
-        _require(scaling or not calibrate_bias, 'calibrate_bias', calibrate_bias, 'False where scaling is False')
-
-        super().__init__(num_features, eps=eps, momentum=momentum)
         self.threshold = threshold
         self.similarity_momentum = similarity_momentum
         self.similarity_samples = similarity_samples
-        self.centering = centering
-        self.scaling = scaling
-        self.kernel_size = kernel_size
-        self.calibrate_bias = calibrate_bias
-
-        def vector(present: bool, *shape: int) -> nn.Parameter | None:
-            return nn.Parameter(torch.empty(num_features, *shape)) if present else None
-
-        self.neighbor_weight = vector(kernel_size > 1, kernel_size**2 - 1)
-        self.center_weight = vector(centering)
-        self.scale_weight = vector(scaling)
-        self.scale_bias = vector(scaling)
-        self.register_buffer('running_similarity', torch.ones((), dtype=torch.float32))
-        self._calls = RecentCalls()
-        self._reset_rectifications()
-
-    @property
-    def eps(self) -> float:
-        """Added to the variance. Others may read and set it; adding it to a tensor folds the layer away: an error."""
-        return UnfoldableEps(self._eps)
-
-    @eps.setter
-    def eps(self, value: float) -> None:
-        self._eps = float(value)
-
-    def reset_parameters(self) -> None:
-        """Set every parameter and buffer to its initial value."""
-        super().reset_parameters()
-        # The base class calls this from its constructor, before the rectifications exist.
-        if 'running_similarity' in self._buffers:
-            self._reset_rectifications()
-
-    def _reset_rectifications(self) -> None:
-        with torch.no_grad():
-            self.running_similarity.fill_(1)
-            for name, value in self.initial_rectifications().items():
-                getattr(self, name).copy_(value)
-
-    def initial_rectifications(self) -> dict[str, Tensor]:
-        """Initial values of the parameters that BatchNorm lacks: with these, UBN is sigmoid(1) times BatchNorm."""
-        initial = {'neighbor_weight': 0.0, 'center_weight': 0.0, 'scale_weight': 0.0, 'scale_bias': 1.0}
-        return {
-            name: torch.full_like(parameter, initial[name], requires_grad=False)
-            for name, parameter in self.named_parameters(recurse=False)
-            if name in initial
-        }
-
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_input(x)
-        if x.numel() == 0:
-            return self._forward_empty(x)
-        # Autocast would run the convolution in half precision; the mixed precision here is float32 inside.
-        device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return self._forward(x)
-        return self._forward(x)
-
-    def _forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            a, v = F.instance_moments(x)
-            statistics = self._training_statistics(x, a, v)
-        else:
-            # The mean alone: var_mean is by far slower on the CPU.
-            a = x.to(F.statistics_dtype(x)).mean((2, 3))
-            statistics = self._running_statistics(a.dtype)
-        center, scale, r = F.coefficients(
-            a, statistics, self._eps, self.center_weight, self.scale_weight, self.scale_bias
-        )
-        bias = r * self.bias if self.calibrate_bias else self.bias
-        y = F.affine(F.normalize(x, center, scale), self.weight.to(a.dtype), bias, self.neighbor_weight)
-        return y.to(x.dtype)
-
-    def _forward_empty(self, x: Tensor) -> Tensor:
-        """Nothing to normalise, but DistributedDataParallel expects every parameter in the graph."""
-        return x + self._zero(x).to(x.dtype)
-
-    def _zero(self, x: Tensor) -> Tensor:
-        """A zero that depends on the input and on every parameter."""
-        return 0 * sum((parameter.sum() for parameter in self.parameters()), start=x.sum())
-
-    def _running_statistics(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Copies: an update of the buffers by a later call must not change what this call's backward reads."""
-        return self.running_mean.to(dtype, copy=True), self.running_var.to(dtype, copy=True)
-
-    def _training_statistics(self, x: Tensor, a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The statistics that normalise a training batch. Moves the buffers, in place, without a host decision."""
-        call = self._calls.recomputed(a)
-        sums = F.similarity_sums(x, self.similarity_samples) if call is None and self._gate_acts() else None
-        batch, count, sums, exchanged = self._reduce(x, a, v, sums, call)
-        if call is None:
-            running = self._running_statistics(a.dtype)
-            with torch.no_grad():
-                condensed = self._gate(sums)
-                self._update(running, batch, count, condensed)
-            call = Call(a.detach(), condensed, torch.stack(running), exchanged)
-            self._calls.record(call)
-        return tuple(torch.where(call.condensed, new, old) for new, old in zip(batch, call.running, strict=True))
-
-    def _reduce(
-        self, x: Tensor, a: Tensor, v: Tensor, sums: tuple[Tensor, Tensor] | None, call: Call | None
-    ) -> tuple[tuple[Tensor, Tensor], int | Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
-        """What the batch says: its statistics, its values per channel, its similarity sums, and what was exchanged."""
-        count = x.numel() // self.num_features
-        if count == 1:
-            raise ValueError(
-                f'UBN needs more than 1 value per channel in training, got input of shape {tuple(x.shape)}; '
-                'use a larger batch or call eval() on the layer.'
-            )
-        return F.batch_statistics(a, v, self.center_weight), count, sums, None
 
     def _gate_acts(self) -> bool:
         """Not without a threshold, and not while a tool re-estimates the running statistics, batch after batch."""
         return self.threshold is not None and self.momentum is not None and self.momentum < 1
 
-    def _gate(self, sums: tuple[Tensor, Tensor] | None) -> Tensor:
-        if sums is None:
-            return F.is_condensed(self.running_similarity, None)
-        total, pairs = sums
-        tau = F.update_running_similarity(self.running_similarity, total / pairs, self.similarity_momentum)
+    def _gate(self, similarity: Tensor | None) -> Tensor:
+        if similarity is None:
+            return super()._gate(None)
+        tau = F.update_running_similarity(self.running_similarity, similarity, self.similarity_momentum)
         # By a view of shape (1,): torch.compile (2.12) loses an in-place update of a 0-d float64 buffer.
         self.running_similarity.view(1).copy_(tau)
         return F.is_condensed(tau, self.threshold)
-
-    def _update(
-        self, running: tuple[Tensor, Tensor], batch: tuple[Tensor, Tensor], count: int | Tensor, condensed: Tensor
-    ) -> None:
-        self.num_batches_tracked.add_(condensed)
-        # As in BatchNorm, momentum None is the plain average over all batches tracked.
-        momentum = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.to(batch[0].dtype)
-        updated = F.update_running_statistics(running, batch, momentum, count)
-        for buffer, old, new in zip((self.running_mean, self.running_var), running, updated, strict=True):
-            buffer.copy_(torch.where(condensed, new, old))
-
-    def _check_input(self, x: Tensor) -> None:
-        if x.dim() != 4 or x.shape[1] != self.num_features:
-            raise ValueError(
-                f'UBN expected input of shape (N, {self.num_features}, H, W), got {tuple(x.shape)}; '
-                'num_features must be the number of channels of the layer before.'
-            )
-        if not x.is_floating_point():
-            raise ValueError(f'UBN expected a floating point input, got {x.dtype}; convert it with .float().')
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:
-        convert_state(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def extra_repr(self) -> str:
-        return (
-            f'{self.num_features}, eps={self.eps}, momentum={self.momentum}, threshold={self.threshold}, '
-            f'similarity_momentum={self.similarity_momentum}, similarity_samples={self.similarity_samples}, '
-            f'centering={self.centering}, scaling={self.scaling}, kernel_size={self.kernel_size}, '
-            f'calibrate_bias={self.calibrate_bias}'
-        )
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_number(value: object, low: float, high: float = math.inf) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
-
-
-def _require(valid: bool, name: str, value: object, expected: str) -> None:
-    if not valid:
-        raise ValueError(f'UBN: {name} must be {expected}, got {value!r}.')

@@ -1,0 +1,236 @@
+"""The layer's function with its gradient written by hand: saves x and nothing else of its size."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from mmubn import functional as F
+
+__all__ = ['Form', 'Parameters', 'RectifiedNorm', 'Statistics', 'coefficients_backward', 'reference']
+
+
+class Form(NamedTuple):
+    """What a norm type computes; see :func:`mmubn.functional.coefficients`."""
+
+    eps: float
+    scaling: str | None  # 'rectified', 'instance', 'unitized'
+    calibrate_bias: bool  # r multiplies the bias too
+
+
+class Statistics(NamedTuple):
+    """What normalises a batch; values alone, without a graph."""
+
+    a: Tensor | None  # instance means, (N, C)
+    v: Tensor | None  # instance variances, (N, C)
+    mean: Tensor  # (C,)
+    var: Tensor  # (C,)
+    # In training, the share of each sample in mean and var: mean = sum_n share (1 + w_m) a. 0-d; 0 where the running
+    # statistics normalise. None in evaluation.
+    share: Tensor | None
+    synchronized: bool = False  # whether mean and var are of all processes
+
+
+class Parameters(NamedTuple):
+    """The learned tensors of a layer; None where it has no such part."""
+
+    weight: Tensor
+    bias: Tensor
+    neighbor_weight: Tensor | None
+    center_weight: Tensor | None
+    scale_weight: Tensor | None
+    scale_bias: Tensor | None
+
+
+def reference(x: Tensor, statistics: Statistics, form: Form, parameters: Parameters) -> Tensor:
+    """The function in plain torch, differentiable any number of times: :mod:`mmubn.functional` in its order."""
+    p = parameters
+    a = v = None
+    mean, var = statistics.mean, statistics.var
+    if statistics.share is not None:
+        a, v = F.instance_moments(x)
+        batch = F.batch_statistics(a, v, p.center_weight)
+        condensed = statistics.share > 0
+        mean, var = (torch.where(condensed, new, old) for new, old in zip(batch, (mean, var), strict=True))
+    elif form.scaling == 'unitized':
+        a, v = F.instance_moments(x)
+    elif p.center_weight is not None or form.scaling is not None:
+        a = x.to(F.statistics_dtype(x)).mean((2, 3))
+    size = x.shape[2] * x.shape[3]
+    center, scale, r = F.coefficients(
+        a, v, (mean, var), form.eps, size, form.scaling, p.center_weight, p.scale_weight, p.scale_bias
+    )
+    bias = r * p.bias if form.calibrate_bias else p.bias
+    return F.affine(F.normalize(x, center, scale), p.weight, bias, p.neighbor_weight).to(x.dtype)
+
+
+class RectifiedNorm(torch.autograd.Function):
+    """:func:`reference` with a hand-written backward; ``ops`` holds the passes over x.
+
+    ``RectifiedNorm.apply(ops, form, synchronized, x, *statistics, *parameters)``. Saves x and O(N C) numbers. A second
+    derivative is that of the reference.
+    """
+
+    @staticmethod
+    def forward(ctx, ops: ModuleType, form: Form, synchronized: bool, x: Tensor, *tensors: Tensor | None) -> Tensor:
+        statistics, p = Statistics(*tensors[:5]), Parameters(*tensors[5:])
+        size = x.shape[2] * x.shape[3]
+        center, scale, r = F.coefficients(
+            statistics.a,
+            statistics.v,
+            (statistics.mean, statistics.var),
+            form.eps,
+            size,
+            form.scaling,
+            p.center_weight,
+            p.scale_weight,
+            p.scale_bias,
+        )
+        ctx.ops, ctx.form, ctx.synchronized = ops, form, synchronized
+        ctx.save_for_backward(x, *tensors, center, scale, r)
+        if x.numel() == 0:
+            return torch.empty_like(x)
+        kernel = F.depthwise_kernel(p.weight, p.neighbor_weight).to(scale.dtype)
+        bias = r * p.bias if form.calibrate_bias else p.bias
+        return ops.apply(x, center, scale, kernel, bias).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, *tensors, center, scale, r = ctx.saved_tensors
+        statistics, p = Statistics(*tensors[:5], ctx.synchronized), Parameters(*tensors[5:])
+        with F.without_autocast(dy.device.type):
+            if torch.is_grad_enabled():
+                grads = _differentiable_backward(ctx, dy, x, statistics, p)
+            else:
+                grads = _backward(ctx, dy, x, statistics, p, center, scale, r)
+        return None, None, None, grads[0], *[None] * 5, *grads[1:]
+
+
+def _backward(
+    ctx, dy: Tensor, x: Tensor, statistics: Statistics, p: Parameters, center: Tensor, scale: Tensor, r: Tensor | None
+) -> list[Tensor | None]:
+    ops, dtype = ctx.ops, scale.dtype
+    kernel = F.depthwise_kernel(p.weight, p.neighbor_weight).to(dtype)
+    if x.numel() == 0:
+        g = s = x.new_zeros((0, kernel.shape[0], kernel[0].numel()), dtype=dtype)
+    else:
+        dy = dy.to(dtype).contiguous(memory_format=ops.memory_format(x))
+        g, s, u = ops.tap_sums(dy, x, center, kernel.shape[-1])
+    size = x.shape[2] * x.shape[3]
+    slope, offset, grads = coefficients_backward(g, s, statistics, ctx.form, p, kernel, center, scale, r, size)
+    if x.numel() == 0:
+        dx = torch.zeros_like(x)
+    elif ctx.needs_input_grad[3]:
+        dx = ops.input_gradient(dy, u, scale, kernel, slope, offset).to(x.dtype)
+    else:
+        dx = None
+    return [dx, *grads]
+
+
+def coefficients_backward(
+    g: Tensor,
+    s: Tensor,
+    statistics: Statistics,
+    form: Form,
+    p: Parameters,
+    kernel: Tensor,
+    center: Tensor,
+    scale: Tensor,
+    r: Tensor | None,
+    size: int,
+) -> tuple[Tensor | None, Tensor, Parameters]:
+    """From the sums over H and W to the gradients of the parameters, and to what is left to do for each value of x.
+
+    Args:
+        g, s: ``G`` and ``S`` of ``tap_sums``, (N, C, T).
+        statistics, form, p: Of the forward.
+        kernel: (C, 1, k, k).
+        center, scale, r: :func:`mmubn.functional.coefficients` gave these in the forward.
+        size: H * W.
+
+    Returns:
+        ``(slope, offset, gradients)`` with
+        ``dx = scale conv(dy; kernel turned) + slope (x - center) + offset``; slope None is 0.
+    """
+    a, v, mean, var, share, synchronized = statistics
+    inv_std = torch.rsqrt(var + form.eps)
+    taps = kernel.flatten(1)
+    d_taps = (scale[..., None] * g).sum(0)
+    d_scale = (g * taps).sum(2)
+    d_center = -scale * (s * taps).sum(2)
+    d_bias = s[..., taps.shape[1] // 2]
+
+    # scale = r inv_std, and r as form.scaling says.
+    d_inv_std = (d_scale if r is None else d_scale * r).sum(0)
+    d_a = d_v = d_scale_weight = d_scale_bias = None
+    if r is not None:
+        d_r = d_scale * inv_std
+        if form.calibrate_bias:
+            d_r, d_bias = d_r + d_bias * p.bias, d_bias * r
+        if form.scaling == 'unitized':
+            deviation = a - center
+            q = v + deviation.square()
+            root = torch.rsqrt((q * inv_std.square()).sum(1, keepdim=True) / size + form.eps)
+            d_scale_weight = (d_r * (root - 1)).sum(0)
+            d_v = -0.5 / size * root**3 * (d_r * p.scale_weight).sum(1, keepdim=True) * inv_std.square()
+            d_inv_std = d_inv_std + 2 * (d_v * q).sum(0) / inv_std
+            d_a = 2 * d_v * deviation
+            d_center = d_center - d_a
+        else:
+            d_logit = d_r * r * (1 - r)
+            pooled = (a - center) * inv_std if form.scaling == 'rectified' else a
+            d_scale_weight, d_scale_bias = (d_logit * pooled).sum(0), d_logit.sum(0)
+            d_a = d_logit * p.scale_weight
+            if form.scaling == 'rectified':
+                d_inv_std = d_inv_std + (d_a * (a - center)).sum(0)
+                d_a = d_a * inv_std
+                d_center = d_center - d_a
+
+    # center = mean - w_m a
+    d_mean, d_center_weight = d_center.sum(0), None
+    if p.center_weight is not None:
+        d_center_weight = -(d_center * a).sum(0)
+        d_a = d_a - p.center_weight * d_center if d_a is not None else -p.center_weight * d_center
+
+    # mean = sum_n share m and var = sum_n share (v + (m - mean)^2), with m = (1 + w_m) a
+    if share is not None:
+        d_var = -0.5 * d_inv_std * inv_std**3
+        if synchronized:
+            both = torch.stack([d_mean, d_var])
+            dist.all_reduce(both)
+            d_mean, d_var = both
+        gain = 1 if p.center_weight is None else 1 + p.center_weight
+        d_m = share * (d_mean + 2 * d_var * (gain * a - mean))
+        if p.center_weight is not None:
+            d_center_weight = d_center_weight + (d_m * a).sum(0)
+        d_a = gain * d_m if d_a is None else d_a + gain * d_m
+        d_v = (share * d_var).expand_as(a) if d_v is None else d_v + share * d_var
+
+    # a and v are means over H and W: the gradient of x gets d_a / HW + 2 d_v (x - a) / HW.
+    slope = None if d_v is None else 2 / size * d_v
+    offset = torch.zeros_like(g[..., 0]) if d_a is None else d_a / size
+    if slope is not None:
+        offset = offset + slope * (center - a)
+
+    centre = taps.shape[1] // 2
+    d_neighbors = None
+    if p.neighbor_weight is not None:
+        d_neighbors = torch.cat([d_taps[:, :centre], d_taps[:, centre + 1 :]], dim=1)
+    gradients = Parameters(d_taps[:, centre], d_bias.sum(0), d_neighbors, d_center_weight, d_scale_weight, d_scale_bias)
+    return slope, offset, gradients
+
+
+def _differentiable_backward(ctx, dy: Tensor, x: Tensor, statistics: Statistics, p: Parameters) -> list[Tensor | None]:
+    """The gradients with a graph of their own, for a second derivative: those of the reference."""
+    if statistics.synchronized:
+        raise NotImplementedError(
+            'SyncUBN has no second derivative across processes: use UBN where create_graph=True is needed.'
+        )
+    inputs = [x, *p]
+    wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+    grads = iter(torch.autograd.grad(reference(x, statistics, ctx.form, p), wanted, dy, create_graph=True))
+    return [next(grads) if tensor is not None and tensor.requires_grad else None for tensor in inputs]

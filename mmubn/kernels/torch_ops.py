@@ -1,0 +1,137 @@
+"""The passes over x in torch's own operators: what the CPU runs, and any device without Triton.
+
+Chosen by what they cost on a CPU: ``mean`` reads at the speed of memory where ``var_mean`` is many times slower, and
+a depthwise convolution of the (1, N*C, H, W) view takes another kernel for every sample at no cost, so that scaling by
+(N, C) coefficients needs no pass of its own. Half precision is computed in float32 throughout.
+
+Shapes: x (N, C, H, W); a, v, center, scale, slope, offset (N, C); kernel (C, 1, k, k); T = k*k taps, row by row.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmubn.functional import statistics_dtype
+
+__all__ = [
+    'apply',
+    'dense',
+    'input_gradient',
+    'instance_means',
+    'instance_moments',
+    'memory_format',
+    'similarity_sums',
+    'tap_sums',
+]
+
+
+def instance_means(x: Tensor) -> Tensor:
+    """``a = mean_hw x``, (N, C)."""
+    return x.to(statistics_dtype(x)).mean((2, 3))
+
+
+def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``a = mean_hw x`` and ``v = mean_hw (x - a)^2``, each (N, C). In two passes: nothing cancels."""
+    x = x.to(statistics_dtype(x))
+    a = x.mean((2, 3), keepdim=True)
+    v = (x - a).square_().mean((2, 3))
+    return a.flatten(1), v
+
+
+def similarity_sums(x: Tensor, a: Tensor, v: Tensor, max_samples: int) -> tuple[Tensor, Tensor]:
+    """:func:`mmubn.functional.similarity_sums` with the norms from the moments: ``||f_n||^2 = HW sum_c (v + a^2)``."""
+    f = dense(x[:max_samples])
+    # Any order of the values within the samples will do: a view, whichever of the two layouts it is.
+    f = (f if f.is_contiguous() else f.permute(0, 2, 3, 1)).flatten(1).to(a.dtype)
+    n, size = f.shape[0], x.shape[2] * x.shape[3]
+    norm = (size * (v[:n] + a[:n].square()).sum(1)).sqrt()
+    u = (1 / norm).masked_fill(norm == 0, 0)
+    total = torch.linalg.vector_norm(u @ f).square() - (norm > 0).sum()
+    return torch.where(norm.isfinite().all(), total, float('nan')), total.new_full((), n * (n - 1))
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Channels-last where x is, else NCHW."""
+    is_plain = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
+    return torch.contiguous_format if is_plain else torch.channels_last
+
+
+def dense(x: Tensor) -> Tensor:
+    """x, or a copy of it, in NCHW or channels-last order."""
+    return x.contiguous(memory_format=memory_format(x))
+
+
+def apply(x: Tensor, center: Tensor, scale: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+    """``y = depthwise_conv((x - center) * scale; kernel) + bias``; bias is (C,) or (N, C). In the dtype of scale."""
+    u = dense(x) - center[..., None, None]
+    return _scaled_conv(u, scale, kernel, bias.to(u.dtype).expand(u.shape[:2]))
+
+
+def tap_sums(dy: Tensor, x: Tensor, center: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All sums over H and W that the backward needs, per sample, channel and tap t of a kernel of ``size``.
+
+    With p over the places of dy for which p + t lies in the map:
+
+    ``G_t = sum_p (x(p + t) - center) dy(p)`` and ``S_t = sum_p dy(p)``, each (N, C, T).
+
+    Returns:
+        ``(G, S, x - center)``.
+    """
+    u = dense(x) - center[..., None, None]
+    n, c, h, w = u.shape
+    if size == 1:
+        return (u * dy).sum((2, 3))[..., None], dy.sum((2, 3))[..., None], u
+    if u.is_contiguous():
+        g = _weight_gradient(dy.reshape(1, n * c, h, w), u.view(1, n * c, h, w), size).view(n, c, -1)
+    else:
+        g = torch.stack([_weight_gradient(dy[i : i + 1], u[i : i + 1], size) for i in range(n)])
+    return g, _window_sums(dy, size), u
+
+
+def input_gradient(dy: Tensor, u: Tensor, scale: Tensor, kernel: Tensor, slope: Tensor | None, bias: Tensor) -> Tensor:
+    """``scale depthwise_conv(dy; kernel turned by half a turn) + slope u + bias``; slope None is 0."""
+    dx = _scaled_conv(dy, scale, kernel.flip(2, 3), bias)
+    return dx if slope is None else dx.addcmul_(u, slope[..., None, None])
+
+
+def _scaled_conv(u: Tensor, scale: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+    """``scale depthwise_conv(u; kernel) + bias`` for scale and bias of (N, C)."""
+    n, c, h, w = u.shape
+    size = kernel.shape[-1]
+    scale = scale.expand(n, c)
+    if size == 1:
+        return torch.addcmul(bias[..., None, None], u, (scale * kernel.view(c))[..., None, None])
+    if u.is_contiguous():
+        kernels = (scale[..., None, None] * kernel.view(c, size, size)).view(n * c, 1, size, size)
+        y = F.conv2d(u.view(1, n * c, h, w), kernels, bias.reshape(-1), padding=size // 2, groups=n * c)
+        # Not .view: autograd forbids changing a view in place that left a Function, as the ReLU after a norm does.
+        return torch.ops.aten._unsafe_view(y, (n, c, h, w))
+    # Channels-last has no such view, but a convolution that is several times as fast.
+    y = F.conv2d(u, kernel, padding=size // 2, groups=c)
+    return torch.addcmul(bias[..., None, None], y, scale[..., None, None], out=y)
+
+
+def _weight_gradient(dy: Tensor, u: Tensor, size: int) -> Tensor:
+    """``sum_{n,p} u(p + t) dy(p)``, (C, T)."""
+    channels = u.shape[1]
+    weight = u.new_empty(channels, 1, size, size)
+    options = ([1, 1], [size // 2] * 2, [1, 1], False, [0, 0], channels)  # stride, padding, dilation, ..., groups
+    return torch.ops.aten.convolution_backward(dy, u, weight, None, *options, [False, True, False])[1].view(
+        channels, -1
+    )
+
+
+def _window_sums(dy: Tensor, size: int) -> Tensor:
+    """``S_t``: the sum of dy without the rows and columns from which tap t looks over the edge, (N, C, T)."""
+    (h, w), reach = dy.shape[2:], size // 2
+    columns = dy.sum(2)
+    rows = [columns]
+    for d in range(1, reach + 1):
+        rows.insert(0, columns - dy[:, :, :d].sum(2))  # tap at -d: not from the first d rows
+        rows.append(columns - dy[:, :, max(h - d, 0) :].sum(2))
+    offset = torch.arange(-reach, reach + 1, device=dy.device)
+    looked_at = torch.arange(w, device=dy.device)[:, None] + offset
+    inside = ((looked_at >= 0) & (looked_at < w)).to(dy.dtype)
+    return (torch.stack(rows, 2) @ inside).flatten(2)

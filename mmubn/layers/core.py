@@ -1,0 +1,256 @@
+"""What all norm types of this package share: the state, and the order of the steps."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from numbers import Integral, Real
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmubn import functional as F
+from mmubn import kernels
+from mmubn.checkpoints import convert_state
+from mmubn.guards import UnfoldableEps
+from mmubn.kernels import Form, Parameters, Statistics
+from mmubn.layers.recomputation import Call, RecentCalls
+
+__all__ = ['Evidence', 'UnifiedNorm', 'is_int', 'is_number', 'require']
+
+
+class Evidence(NamedTuple):
+    """What a training batch says, on all processes that take part."""
+
+    statistics: tuple[Tensor, Tensor]  # mean and biased variance of the centred input, each (C,)
+    count: int | Tensor  # values per channel
+    similarity: Tensor | None  # mean cosine similarity, 0-d; None where the gate does not ask
+
+
+class UnifiedNorm(_BatchNorm):
+    r"""The core of UBN, SyncUBN, RBN, BNET, IEBN and UnitizedBN, each of which is a choice of its arguments.
+
+    .. math::
+        y = \mathrm{conv}_k\left( r_{nc} \, \frac{x + w_m a - \mu}{\sqrt{\sigma^2 + \epsilon}} \right) + \beta
+
+    where a is the mean of x over H and W, conv_k a depthwise k x k convolution with zero padding, r the factor that
+    ``scaling`` names (:func:`mmubn.functional.coefficients`), and mu, sigma the batch's statistics in training, where
+    no gate says otherwise, and the running ones in evaluation.
+
+    A subclass calls this constructor and may override :meth:`_gate_acts`, :meth:`_evidence` or ``input_dims``.
+
+    Args:
+        num_features: C, the number of channels.
+        eps: Added to the variance.
+        momentum: Momentum m of the running mean and variance, in [0, 1].
+        centering: Whether to rectify centering (w_m).
+        scaling: The factor r: ``'rectified'``, ``'instance'``, ``'unitized'`` or None for r = 1.
+        kernel_size: k of the affine step, odd. 1 is BatchNorm's affine step.
+        calibrate_bias: Multiply r onto beta too.
+        gated: Whether the layer has a running similarity and a gate (UBN).
+
+    Attributes:
+        weight: Centre tap of the depthwise kernel, (C,): BatchNorm's gamma. Starts at 1.
+        bias: beta, (C,). Starts at 0.
+        neighbor_weight: The other taps, row by row without the centre, (C, k*k - 1), None for k = 1. Starts at 0.
+        center_weight: w_m, (C,), None without centering. Starts at 0.
+        scale_weight, scale_bias: w_v and w_b, each (C,), None where r has none. w_v starts at 0.
+        running_mean, running_var, num_batches_tracked: As in BatchNorm.
+    """
+
+    # w_b of a fresh layer, per kind of scaling: r starts as its sigmoid, and as 1 for 'unitized'.
+    initial_scale_bias: ClassVar[dict[str, float]] = {'rectified': 1.0, 'instance': -1.0}
+    input_dims: ClassVar[dict[int, str]] = {4: '(N, {}, H, W)'}
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        *,
+        centering: bool = False,
+        scaling: str | None = None,
+        kernel_size: int = 1,
+        calibrate_bias: bool = False,
+        gated: bool = False,
+    ) -> None:
+        name = type(self).__name__
+        require(is_int(num_features) and num_features > 0, name, 'num_features', num_features, 'a positive integer')
+        require(is_number(eps, 0) and eps > 0, name, 'eps', eps, 'a positive number')
+        require(is_number(momentum, 0, 1), name, 'momentum', momentum, 'a number in [0, 1]')
+        is_odd = is_int(kernel_size) and kernel_size > 0 and kernel_size % 2 == 1
+        require(is_odd, name, 'kernel_size', kernel_size, 'a positive odd integer')
+        super().__init__(num_features, eps=eps, momentum=momentum)
+        self.centering = centering
+        self.scaling = scaling
+        self.kernel_size = kernel_size
+        self.calibrate_bias = calibrate_bias
+
+        def vector(present: bool, *shape: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(num_features, *shape)) if present else None
+
+        self.neighbor_weight = vector(kernel_size > 1, kernel_size**2 - 1)
+        self.center_weight = vector(centering)
+        self.scale_weight = vector(scaling is not None)
+        self.scale_bias = vector(scaling in self.initial_scale_bias)
+        if gated:
+            self.register_buffer('running_similarity', torch.ones((), dtype=torch.float32))
+        self._calls = RecentCalls()
+        self._reset_rectifications()
+
+    @property
+    def eps(self) -> float:
+        """Added to the variance. Others may read and set it; adding it to a tensor folds the layer away: an error."""
+        return UnfoldableEps(self._eps)
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._eps = float(value)
+
+    def reset_parameters(self) -> None:
+        """Set every parameter and buffer to its initial value."""
+        super().reset_parameters()
+        # The base class calls this from its constructor, before the rectifications exist.
+        if '_calls' in self.__dict__:
+            self._reset_rectifications()
+
+    def _reset_rectifications(self) -> None:
+        with torch.no_grad():
+            if 'running_similarity' in self._buffers:
+                self.running_similarity.fill_(1)
+            for name, value in self.initial_rectifications().items():
+                getattr(self, name).copy_(value)
+
+    def initial_rectifications(self) -> dict[str, Tensor]:
+        """Initial values of the parameters that BatchNorm lacks: the layer is then a constant times BatchNorm."""
+        initial = {'neighbor_weight': 0.0, 'center_weight': 0.0, 'scale_weight': 0.0}
+        initial['scale_bias'] = self.initial_scale_bias.get(self.scaling)
+        return {
+            name: torch.full_like(parameter, initial[name], requires_grad=False)
+            for name, parameter in self.named_parameters(recurse=False)
+            if name in initial
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input(x)
+        shape = x.shape
+        if x.numel() == 0:
+            # Nothing to normalise, but DistributedDataParallel expects every parameter in the graph.
+            x = x.reshape(0, self.num_features, 1, 1)
+        elif x.dim() == 2:
+            x = x[..., None, None]
+        # Autocast would run the convolution in half precision; the mixed precision here is float32 inside.
+        with F.without_autocast(x.device.type):
+            y = self._forward(x)
+        return y if y.shape == shape else y.reshape(shape)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        backend = kernels.choose_backend(x, self.kernel_size)
+        with torch.no_grad():
+            if self.training and (x.numel() > 0 or self._synchronizes()):
+                statistics = self._training_statistics(x, backend)
+            else:
+                statistics = self._running_statistics(x, backend)
+        form = Form(self._eps, self.scaling, self.calibrate_bias)
+        parameters = Parameters(
+            self.weight, self.bias, self.neighbor_weight, self.center_weight, self.scale_weight, self.scale_bias
+        )
+        return backend.rectified_norm(x, statistics, form, parameters)
+
+    def _running_statistics(self, x: Tensor, backend: kernels.Backend) -> Statistics:
+        a = v = None
+        if self.scaling == 'unitized':
+            a, v = backend.instance_moments(x)
+        elif self.centering or self.scaling is not None:
+            a = backend.instance_means(x)
+        return Statistics(a, v, *self._running(F.statistics_dtype(x)), share=None)
+
+    def _running(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Copies: an update of the buffers by a later call must not change what this call's backward reads."""
+        return self.running_mean.to(dtype, copy=True), self.running_var.to(dtype, copy=True)
+
+    def _training_statistics(self, x: Tensor, backend: kernels.Backend) -> Statistics:
+        """The statistics that normalise a training batch. Moves the buffers, in place, without a host decision."""
+        a, v = backend.instance_moments(x)
+        call = self._calls.recomputed(a)
+        if call is None:
+            evidence = self._evidence(x, a, v, backend)
+            condensed = self._gate(evidence.similarity)
+            running = self._running(a.dtype)
+            self._update(running, evidence, condensed)
+            mean, var = (
+                torch.where(condensed, new, old) for new, old in zip(evidence.statistics, running, strict=True)
+            )
+            share = condensed.to(a.dtype) * (x.shape[2] * x.shape[3]) / evidence.count
+            call = Call(a, mean, var, share)
+            self._calls.record(call)
+        return Statistics(a, v, call.mean, call.var, call.share, self._synchronizes())
+
+    def _evidence(self, x: Tensor, a: Tensor, v: Tensor, backend: kernels.Backend) -> Evidence:
+        count = x.numel() // self.num_features
+        if count == 1:
+            shape = tuple(x.shape)
+            raise ValueError(
+                f'{type(self).__name__} needs more than 1 value per channel in training, got input of shape {shape}; '
+                'use a larger batch or call eval() on the layer.'
+            )
+        similarity = None
+        if self._gate_acts():
+            total, pairs = backend.similarity_sums(x, a, v, self.similarity_samples)
+            similarity = total / pairs
+        return Evidence(F.batch_statistics(a, v, self.center_weight), count, similarity)
+
+    def _synchronizes(self) -> bool:
+        """Whether the batch is that of several processes."""
+        return False
+
+    def _gate_acts(self) -> bool:
+        """Whether the similarity decides which statistics normalise."""
+        return False
+
+    def _gate(self, similarity: Tensor | None) -> Tensor:
+        """Moves the running similarity and says whether the batch's own statistics are used, 0-d bool."""
+        return torch.ones((), dtype=torch.bool, device=self.running_mean.device)
+
+    def _update(self, running: tuple[Tensor, Tensor], evidence: Evidence, condensed: Tensor) -> None:
+        self.num_batches_tracked.add_(condensed)
+        # As in BatchNorm, momentum None is the plain average over all batches tracked.
+        momentum = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.to(running[0].dtype)
+        updated = F.update_running_statistics(running, evidence.statistics, momentum, evidence.count)
+        for buffer, old, new in zip((self.running_mean, self.running_var), running, updated, strict=True):
+            buffer.copy_(torch.where(condensed, new, old))
+
+    def _check_input(self, x: Tensor) -> None:
+        name, channels = type(self).__name__, self.num_features
+        if x.dim() not in self.input_dims or x.shape[1] != channels:
+            expected = ' or '.join(shape.format(channels) for shape in self.input_dims.values())
+            raise ValueError(
+                f'{name} expected input of shape {expected}, got {tuple(x.shape)}; '
+                'num_features must be the number of channels of the layer before.'
+            )
+        if not x.is_floating_point():
+            raise ValueError(f'{name} expected a floating point input, got {x.dtype}; convert it with .float().')
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:
+        convert_state(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        arguments = inspect.signature(type(self).__init__).parameters
+        named = (f'{name}={getattr(self, name)}' for name in arguments if name not in ('self', 'num_features'))
+        return ', '.join((str(self.num_features), *named))
+
+
+def is_int(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object, low: float, high: float = math.inf) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+
+
+def require(valid: bool, layer: str, name: str, value: object, expected: str) -> None:
+    if not valid:
+        raise ValueError(f'{layer}: {name} must be {expected}, got {value!r}.')
