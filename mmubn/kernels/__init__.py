@@ -29,7 +29,7 @@ class Backend(NamedTuple):
     name: str
     instance_means: Callable[[Tensor], Tensor]
     instance_moments: Callable[[Tensor], tuple[Tensor, Tensor]]
-    similarity_sums: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    similarity_sums: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, int]]
     rectified_norm: Callable[[Tensor, Statistics, Form, Parameters], Tensor]
 
 

@@ -91,30 +91,37 @@ class RectifiedNorm(torch.autograd.Function):
             p.scale_bias,
         )
         ctx.ops, ctx.form, ctx.synchronized = ops, form, synchronized
-        ctx.save_for_backward(x, *tensors, center, scale, r)
+        kernel = F.depthwise_kernel(p.weight, p.neighbor_weight).to(scale.dtype)
+        ctx.save_for_backward(x, *tensors, center, scale, r, kernel)
         if x.numel() == 0:
             return torch.empty_like(x)
-        kernel = F.depthwise_kernel(p.weight, p.neighbor_weight).to(scale.dtype)
         bias = r * p.bias if form.calibrate_bias else p.bias
         return ops.apply(x, center, scale, kernel, bias).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, *tensors, center, scale, r = ctx.saved_tensors
+        x, *tensors, center, scale, r, kernel = ctx.saved_tensors
         statistics, p = Statistics(*tensors[:5], ctx.synchronized), Parameters(*tensors[5:])
         with F.without_autocast(dy.device.type):
             if torch.is_grad_enabled():
                 grads = _differentiable_backward(ctx, dy, x, statistics, p)
             else:
-                grads = _backward(ctx, dy, x, statistics, p, center, scale, r)
+                grads = _backward(ctx, dy, x, statistics, p, center, scale, r, kernel)
         return None, None, None, grads[0], *[None] * 5, *grads[1:]
 
 
 def _backward(
-    ctx, dy: Tensor, x: Tensor, statistics: Statistics, p: Parameters, center: Tensor, scale: Tensor, r: Tensor | None
+    ctx,
+    dy: Tensor,
+    x: Tensor,
+    statistics: Statistics,
+    p: Parameters,
+    center: Tensor,
+    scale: Tensor,
+    r: Tensor | None,
+    kernel: Tensor,
 ) -> list[Tensor | None]:
     ops, dtype = ctx.ops, scale.dtype
-    kernel = F.depthwise_kernel(p.weight, p.neighbor_weight).to(dtype)
     if x.numel() == 0:
         g = s = x.new_zeros((0, kernel.shape[0], kernel[0].numel()), dtype=dtype)
     else:
@@ -203,7 +210,7 @@ def coefficients_backward(
             both = torch.stack([d_mean, d_var])
             dist.all_reduce(both)
             d_mean, d_var = both
-        gain = 1 if p.center_weight is None else 1 + p.center_weight
+        gain = 1 if p.center_weight is None else 1 + p.center_weight.to(a.dtype)
         d_m = share * (d_mean + 2 * d_var * (gain * a - mean))
         if p.center_weight is not None:
             d_center_weight = d_center_weight + (d_m * a).sum(0)

@@ -9,6 +9,9 @@ Shapes: x (N, C, H, W); a, v, center, scale, slope, offset (N, C); kernel (C, 1,
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,6 +29,8 @@ __all__ = [
     'tap_sums',
 ]
 
+PIECE = 2**18  # values
+
 
 def instance_means(x: Tensor) -> Tensor:
     """``a = mean_hw x``, (N, C)."""
@@ -34,22 +39,42 @@ def instance_means(x: Tensor) -> Tensor:
 
 def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """``a = mean_hw x`` and ``v = mean_hw (x - a)^2``, each (N, C). In two passes: nothing cancels."""
-    x = x.to(statistics_dtype(x))
-    a = x.mean((2, 3), keepdim=True)
-    v = (x - a).square_().mean((2, 3))
-    return a.flatten(1), v
+    x = dense(x).to(statistics_dtype(x))
+    n, c, h, w = x.shape
+    a = x.mean((2, 3))
+    v = torch.empty_like(a)
+    # In pieces that stay in the cache: new memory for x - a as a whole costs more than the arithmetic.
+    if x.is_contiguous():
+        rows = x.view(n * c, h * w)
+        for piece, mean, out in _pieces(rows, a.view(-1, 1), v.view(-1)):
+            torch.linalg.vector_norm(piece - mean, dim=1, out=out)
+        v.square_()
+    else:
+        v.zero_()
+        for sample, mean, out in zip(x.permute(0, 2, 3, 1).flatten(1, 2), a, v, strict=True):
+            for (piece,) in _pieces(sample):
+                out += (piece - mean).square_().sum(0)
+    return a, v.div_(h * w)
 
 
-def similarity_sums(x: Tensor, a: Tensor, v: Tensor, max_samples: int) -> tuple[Tensor, Tensor]:
+def _pieces(rows: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Slices along the first dimension, of rows together 1 MB in float32."""
+    length = max(1, PIECE // rows.shape[1])
+    return zip(*(tensor.split(length) for tensor in (rows, *others)), strict=True)
+
+
+def similarity_sums(x: Tensor, a: Tensor, v: Tensor, max_samples: int) -> tuple[Tensor, int]:
     """:func:`mmubn.functional.similarity_sums` with the norms from the moments: ``||f_n||^2 = HW sum_c (v + a^2)``."""
     f = dense(x[:max_samples])
     # Any order of the values within the samples will do: a view, whichever of the two layouts it is.
     f = (f if f.is_contiguous() else f.permute(0, 2, 3, 1)).flatten(1).to(a.dtype)
     n, size = f.shape[0], x.shape[2] * x.shape[3]
-    norm = (size * (v[:n] + a[:n].square()).sum(1)).sqrt()
-    u = (1 / norm).masked_fill(norm == 0, 0)
-    total = torch.linalg.vector_norm(u @ f).square() - (norm > 0).sum()
-    return torch.where(norm.isfinite().all(), total, float('nan')), total.new_full((), n * (n - 1))
+    squared_norm = torch.addcmul(v[:n], a[:n], a[:n]).sum(1) * size
+    # u_n = f_n / ||f_n||; a sample of zeros is similar to none.
+    inverse = squared_norm.rsqrt().nan_to_num(nan=torch.nan, posinf=0)
+    # With ||u_n||^2 = 1, or 0 for zeros, and NaN where a norm is not finite: 0 * inf.
+    total = torch.mv(f.T, inverse).square().sum() - (inverse.square() * squared_norm).sum()
+    return total, n * (n - 1)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -125,13 +150,16 @@ def _weight_gradient(dy: Tensor, u: Tensor, size: int) -> Tensor:
 
 def _window_sums(dy: Tensor, size: int) -> Tensor:
     """``S_t``: the sum of dy without the rows and columns from which tap t looks over the edge, (N, C, T)."""
-    (h, w), reach = dy.shape[2:], size // 2
-    columns = dy.sum(2)
-    rows = [columns]
-    for d in range(1, reach + 1):
-        rows.insert(0, columns - dy[:, :, :d].sum(2))  # tap at -d: not from the first d rows
-        rows.append(columns - dy[:, :, max(h - d, 0) :].sum(2))
-    offset = torch.arange(-reach, reach + 1, device=dy.device)
-    looked_at = torch.arange(w, device=dy.device)[:, None] + offset
-    inside = ((looked_at >= 0) & (looked_at < w)).to(dy.dtype)
-    return (torch.stack(rows, 2) @ inside).flatten(2)
+    n, c, h, w = dy.shape
+    rows, columns = (_looks_inside(length, size, dy.dtype, dy.device) for length in (h, w))
+    inside = (rows[:, None, :, None] * columns[None, :, None, :]).view(size * size, h * w)
+    if dy.is_contiguous():
+        return (dy.view(n * c, h * w) @ inside.T).view(n, c, -1)
+    return (inside @ dy.permute(0, 2, 3, 1).flatten(1, 2)).transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=256)
+def _looks_inside(length: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """1 where a tap looks at a place inside, else 0, (taps, places), along one dimension."""
+    place = torch.arange(length, device=device) + torch.arange(size, device=device)[:, None] - size // 2
+    return ((place >= 0) & (place < length)).to(dtype)

@@ -39,7 +39,8 @@ class UnifiedNorm(_BatchNorm):
     ``scaling`` names (:func:`mmubn.functional.coefficients`), and mu, sigma the batch's statistics in training, where
     no gate says otherwise, and the running ones in evaluation.
 
-    A subclass calls this constructor and may override :meth:`_gate_acts`, :meth:`_evidence` or ``input_dims``.
+    A subclass calls this constructor and may override :meth:`_gate_acts`, :meth:`_evidence` or ``input_dims``. It names
+    ``_BatchNorm`` among its bases once more: MMEngine's initialisers know a norm by its direct bases alone.
 
     Args:
         num_features: C, the number of channels.
@@ -103,7 +104,7 @@ class UnifiedNorm(_BatchNorm):
     @property
     def eps(self) -> float:
         """Added to the variance. Others may read and set it; adding it to a tensor folds the layer away: an error."""
-        return UnfoldableEps(self._eps)
+        return UnfoldableEps(self._eps, type(self).__name__)
 
     @eps.setter
     def eps(self, value: float) -> None:
@@ -165,11 +166,9 @@ class UnifiedNorm(_BatchNorm):
             a, v = backend.instance_moments(x)
         elif self.centering or self.scaling is not None:
             a = backend.instance_means(x)
-        return Statistics(a, v, *self._running(F.statistics_dtype(x)), share=None)
-
-    def _running(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Copies: an update of the buffers by a later call must not change what this call's backward reads."""
-        return self.running_mean.to(dtype, copy=True), self.running_var.to(dtype, copy=True)
+        # Copies: an update of the buffers by a later call must not change what this call's backward reads.
+        running = (buffer.to(F.statistics_dtype(x), copy=True) for buffer in (self.running_mean, self.running_var))
+        return Statistics(a, v, *running, share=None)
 
     def _training_statistics(self, x: Tensor, backend: kernels.Backend) -> Statistics:
         """The statistics that normalise a training batch. Moves the buffers, in place, without a host decision."""
@@ -178,29 +177,22 @@ class UnifiedNorm(_BatchNorm):
         if call is None:
             evidence = self._evidence(x, a, v, backend)
             condensed = self._gate(evidence.similarity)
-            running = self._running(a.dtype)
-            self._update(running, evidence, condensed)
             mean, var = (
-                torch.where(condensed, new, old) for new, old in zip(evidence.statistics, running, strict=True)
+                torch.where(condensed, new, old.to(a.dtype))
+                for new, old in zip(evidence.statistics, (self.running_mean, self.running_var), strict=True)
             )
+            self._update(evidence, condensed)
             share = condensed.to(a.dtype) * (x.shape[2] * x.shape[3]) / evidence.count
             call = Call(a, mean, var, share)
             self._calls.record(call)
         return Statistics(a, v, call.mean, call.var, call.share, self._synchronizes())
 
     def _evidence(self, x: Tensor, a: Tensor, v: Tensor, backend: kernels.Backend) -> Evidence:
-        count = x.numel() // self.num_features
-        if count == 1:
-            shape = tuple(x.shape)
-            raise ValueError(
-                f'{type(self).__name__} needs more than 1 value per channel in training, got input of shape {shape}; '
-                'use a larger batch or call eval() on the layer.'
-            )
         similarity = None
         if self._gate_acts():
             total, pairs = backend.similarity_sums(x, a, v, self.similarity_samples)
             similarity = total / pairs
-        return Evidence(F.batch_statistics(a, v, self.center_weight), count, similarity)
+        return Evidence(F.batch_statistics(a, v, self.center_weight), x.numel() // self.num_features, similarity)
 
     def _synchronizes(self) -> bool:
         """Whether the batch is that of several processes."""
@@ -214,13 +206,16 @@ class UnifiedNorm(_BatchNorm):
         """Moves the running similarity and says whether the batch's own statistics are used, 0-d bool."""
         return torch.ones((), dtype=torch.bool, device=self.running_mean.device)
 
-    def _update(self, running: tuple[Tensor, Tensor], evidence: Evidence, condensed: Tensor) -> None:
+    def _update(self, evidence: Evidence, condensed: Tensor) -> None:
         self.num_batches_tracked.add_(condensed)
         # As in BatchNorm, momentum None is the plain average over all batches tracked.
-        momentum = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.to(running[0].dtype)
-        updated = F.update_running_statistics(running, evidence.statistics, momentum, evidence.count)
-        for buffer, old, new in zip((self.running_mean, self.running_var), running, updated, strict=True):
-            buffer.copy_(torch.where(condensed, new, old))
+        momentum = (
+            self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.to(self.running_var.dtype)
+        )
+        running = self.running_mean, self.running_var
+        updated = F.update_running_statistics(running, evidence.statistics, condensed, momentum, evidence.count)
+        for buffer, new in zip(running, updated, strict=True):
+            buffer.copy_(new)
 
     def _check_input(self, x: Tensor) -> None:
         name, channels = type(self).__name__, self.num_features
@@ -232,6 +227,11 @@ class UnifiedNorm(_BatchNorm):
             )
         if not x.is_floating_point():
             raise ValueError(f'{name} expected a floating point input, got {x.dtype}; convert it with .float().')
+        if self.training and x.numel() == channels and not self._synchronizes():
+            raise ValueError(
+                f'{name} needs more than 1 value per channel in training, got input of shape {tuple(x.shape)}; '
+                'use a larger batch or call eval() on the layer.'
+            )
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:
         convert_state(self, state_dict, prefix)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmubn import functional as F
 from mmubn.kernels import Backend
@@ -14,7 +15,7 @@ from mmubn.layers.ubn import UBN
 __all__ = ['SyncUBN']
 
 
-class SyncUBN(UBN):
+class SyncUBN(UBN, _BatchNorm):
     """UBN with batch statistics over all processes and one gate for all, for few images per GPU.
 
     In distributed training, mean and variance are those of the samples of all processes, weighted by their number of
@@ -46,7 +47,8 @@ class SyncUBN(UBN):
             count.fill_(x.numel() // self.num_features)
             statistics = torch.stack(F.batch_statistics(a, v, self.center_weight))
             if self._gate_acts():
-                pairs = torch.stack(backend.similarity_sums(x, a, v, self.similarity_samples))
+                total, number = backend.similarity_sums(x, a, v, self.similarity_samples)
+                pairs = torch.stack([total, total.new_tensor(number)])
         gathered = _all_gather(torch.cat([count, pairs, statistics.flatten()]))
         counts, totals, pairs = gathered[:, :3].unbind(1)
         # mean = sum_p w_p mean_p and var = sum_p w_p (var_p + (mean_p - mean)^2), w_p the share of the values
