@@ -57,9 +57,9 @@ def kill_at_changes(folder, save_best):
     """In a run of two epochs that keeps one checkpoint, and optionally the best one."""
     folder = Path(folder)
     if save_best:
-        # The second epoch: opens, renames the checkpoint; opens, renames last_checkpoint; removes the first checkpoint;
-        # opens, renames the best; opens, renames both once more; removes the first best.
-        before, midway, end = [16, 17, 18, 19, 21, 22], [16, 18], 23
+        # The second epoch, from 10: opens, renames the checkpoint; opens, renames last_checkpoint; removes the first
+        # checkpoint; opens, renames the best; opens, renames both once more; removes the first best.
+        before, midway, end = [14, 15, 16, 17, 20, 21], [15, 17], 22
     else:
         # Opens, renames the checkpoint; opens, renames last_checkpoint; from the second on removes the one before.
         before, midway, end = [0, 1, 2, 3, 4, 5, 6, 7, 8], [0, 2, 4, 6], 9
