@@ -41,7 +41,7 @@ __all__ = [
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """The dtype that statistics of ``x`` are computed in: at least float32, float64 for float64."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager:
@@ -183,7 +183,8 @@ def update_running_statistics(
     """Running mean and variance after one batch, as in ``nn.BatchNorm2d`` while the features are condensed.
 
     ``running <- (1 - m) running + m batch``, with the unbiased batch variance, ``count / (count - 1) var_B``.
-    A channel whose batch statistics are not finite keeps what it has, so that one bad batch does not stay for good.
+    A channel whose batch statistics are not finite in the dtype of the running ones keeps what it has, so that one bad
+    batch does not stay for good.
 
     Args:
         running: ``(running_mean, running_var)``, each (C,).
@@ -196,11 +197,12 @@ def update_running_statistics(
         The new ``(running_mean, running_var)``, without gradient.
     """
     mean, var = (t.detach() for t in batch)
-    moves = _is_finite(mean) & _is_finite(var) & condensed
     unbiased = var * (count / (count - 1 + (count <= 1)))
+    new_mean, new_var = (new.to(old.dtype) for old, new in zip(running, (mean, unbiased), strict=True))
+    moves = _is_finite(new_mean) & _is_finite(new_var) & condensed
     return tuple(
-        torch.where(moves, torch.lerp(old, new.to(old.dtype), momentum), old)
-        for old, new in zip(running, (mean, unbiased), strict=True)
+        torch.where(moves, torch.lerp(old, new, momentum), old)
+        for old, new in zip(running, (new_mean, new_var), strict=True)
     )
 
 

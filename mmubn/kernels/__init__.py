@@ -9,8 +9,10 @@ Needs torch alone. A :class:`Backend` offers the passes over x:
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from mmubn import functional as F
 from mmubn.kernels import torch_ops
-from mmubn.kernels.autograd import Form, Parameters, RectifiedNorm, Statistics, reference
+from mmubn.kernels.autograd import Form, Parameters, Statistics, rectified_norm, reference
 
 __all__ = ['Backend', 'Form', 'Parameters', 'Statistics', 'choose_backend', 'use_backend']
 
@@ -33,11 +35,9 @@ class Backend(NamedTuple):
     rectified_norm: Callable[[Tensor, Statistics, Form, Parameters], Tensor]
 
 
-def _analytic(name: str, ops) -> Backend:
-    def rectified_norm(x: Tensor, statistics: Statistics, form: Form, parameters: Parameters) -> Tensor:
-        return RectifiedNorm.apply(ops, form, statistics.synchronized, x, *statistics[:5], *parameters)
-
-    return Backend(name, ops.instance_means, ops.instance_moments, ops.similarity_sums, rectified_norm)
+def _analytic(name: str, ops: ModuleType) -> Backend:
+    moments = ops.instance_means, ops.instance_moments, ops.similarity_sums
+    return Backend(name, *moments, functools.partial(rectified_norm, ops))
 
 
 BACKENDS = {

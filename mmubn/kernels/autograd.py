@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from mmubn import functional as F
 
-__all__ = ['Form', 'Parameters', 'RectifiedNorm', 'Statistics', 'coefficients_backward', 'reference']
+__all__ = ['Form', 'Parameters', 'RectifiedNorm', 'Statistics', 'coefficients_backward', 'rectified_norm', 'reference']
 
 
 class Form(NamedTuple):
@@ -68,35 +68,40 @@ def reference(x: Tensor, statistics: Statistics, form: Form, parameters: Paramet
     return F.affine(F.normalize(x, center, scale), p.weight, bias, p.neighbor_weight).to(x.dtype)
 
 
-class RectifiedNorm(torch.autograd.Function):
-    """:func:`reference` with a hand-written backward; ``ops`` holds the passes over x.
+def rectified_norm(ops: ModuleType, x: Tensor, statistics: Statistics, form: Form, parameters: Parameters) -> Tensor:
+    """:func:`reference`, with the passes over x by ``ops`` and a backward written by hand."""
+    if not torch.is_grad_enabled():
+        return _forward(ops, x, statistics, form, parameters)[0]
+    return RectifiedNorm.apply(ops, form, statistics.synchronized, x, *statistics[:5], *parameters)
 
-    ``RectifiedNorm.apply(ops, form, synchronized, x, *statistics, *parameters)``. Saves x and O(N C) numbers. A second
-    derivative is that of the reference.
-    """
+
+def _forward(
+    ops: ModuleType, x: Tensor, statistics: Statistics, form: Form, p: Parameters
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The output, and what the backward needs: center, scale, r and the kernel."""
+    a, v, mean, var = statistics[:4]
+    size = x.shape[2] * x.shape[3]
+    center, scale, r = F.coefficients(
+        a, v, (mean, var), form.eps, size, form.scaling, p.center_weight, p.scale_weight, p.scale_bias
+    )
+    kernel = F.depthwise_kernel(p.weight, p.neighbor_weight).to(scale.dtype)
+    if x.numel() == 0:
+        y = torch.empty_like(x)
+    else:
+        bias = r * p.bias if form.calibrate_bias else p.bias
+        y = ops.apply(x, center, scale, kernel, bias).to(x.dtype)
+    return y, (center, scale, r, kernel)
+
+
+class RectifiedNorm(torch.autograd.Function):
+    """What :func:`rectified_norm` applies. Saves x and O(N C) numbers. A second derivative is the reference's."""
 
     @staticmethod
     def forward(ctx, ops: ModuleType, form: Form, synchronized: bool, x: Tensor, *tensors: Tensor | None) -> Tensor:
-        statistics, p = Statistics(*tensors[:5]), Parameters(*tensors[5:])
-        size = x.shape[2] * x.shape[3]
-        center, scale, r = F.coefficients(
-            statistics.a,
-            statistics.v,
-            (statistics.mean, statistics.var),
-            form.eps,
-            size,
-            form.scaling,
-            p.center_weight,
-            p.scale_weight,
-            p.scale_bias,
-        )
+        y, saved = _forward(ops, x, Statistics(*tensors[:5]), form, Parameters(*tensors[5:]))
         ctx.ops, ctx.form, ctx.synchronized = ops, form, synchronized
-        kernel = F.depthwise_kernel(p.weight, p.neighbor_weight).to(scale.dtype)
-        ctx.save_for_backward(x, *tensors, center, scale, r, kernel)
-        if x.numel() == 0:
-            return torch.empty_like(x)
-        bias = r * p.bias if form.calibrate_bias else p.bias
-        return ops.apply(x, center, scale, kernel, bias).to(x.dtype)
+        ctx.save_for_backward(x, *tensors, *saved)
+        return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -29,7 +29,7 @@ __all__ = [
     'tap_sums',
 ]
 
-PIECE = 2**18  # values
+PIECE = 2**18  # values: 1 MB in float32
 
 
 def instance_means(x: Tensor) -> Tensor:
@@ -38,43 +38,49 @@ def instance_means(x: Tensor) -> Tensor:
 
 
 def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``a = mean_hw x`` and ``v = mean_hw (x - a)^2``, each (N, C). In two passes: nothing cancels."""
-    x = dense(x).to(statistics_dtype(x))
+    """``a = mean_hw x`` and ``v = mean_hw (x - a)^2``, each (N, C). In two passes: nothing cancels.
+
+    In pieces that stay in the cache: new memory for a whole ``x - a`` costs more than the arithmetic.
+    """
+    x, dtype = dense(x), statistics_dtype(x)
     n, c, h, w = x.shape
-    a = x.mean((2, 3))
-    v = torch.empty_like(a)
-    # In pieces that stay in the cache: new memory for x - a as a whole costs more than the arithmetic.
+    a, v = x.new_zeros(2, n, c, dtype=dtype).unbind(0)
     if x.is_contiguous():
-        rows = x.view(n * c, h * w)
-        for piece, mean, out in _pieces(rows, a.view(-1, 1), v.view(-1)):
-            torch.linalg.vector_norm(piece - mean, dim=1, out=out)
+        for plane, mean, norm in _pieces(x.view(n * c, h * w), a.view(-1), v.view(-1)):
+            plane = plane.to(dtype)
+            torch.mean(plane, 1, out=mean)
+            torch.linalg.vector_norm(plane - mean[:, None], dim=1, out=norm)
         v.square_()
     else:
-        v.zero_()
-        for sample, mean, out in zip(x.permute(0, 2, 3, 1).flatten(1, 2), a, v, strict=True):
-            for (piece,) in _pieces(sample):
-                out += (piece - mean).square_().sum(0)
+        for sample, mean, square in zip(x.permute(0, 2, 3, 1).flatten(1, 2), a, v, strict=True):
+            for (pixels,) in _pieces(sample):
+                mean += pixels.to(dtype).sum(0)
+            mean /= h * w
+            for (pixels,) in _pieces(sample):
+                square += (pixels - mean).square_().sum(0)
     return a, v.div_(h * w)
-
-
-def _pieces(rows: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Slices along the first dimension, of rows together 1 MB in float32."""
-    length = max(1, PIECE // rows.shape[1])
-    return zip(*(tensor.split(length) for tensor in (rows, *others)), strict=True)
 
 
 def similarity_sums(x: Tensor, a: Tensor, v: Tensor, max_samples: int) -> tuple[Tensor, int]:
     """:func:`mmubn.functional.similarity_sums` with the norms from the moments: ``||f_n||^2 = HW sum_c (v + a^2)``."""
     f = dense(x[:max_samples])
     # Any order of the values within the samples will do: a view, whichever of the two layouts it is.
-    f = (f if f.is_contiguous() else f.permute(0, 2, 3, 1)).flatten(1).to(a.dtype)
+    f = (f if f.is_contiguous() else f.permute(0, 2, 3, 1)).flatten(1)
     n, size = f.shape[0], x.shape[2] * x.shape[3]
     squared_norm = torch.addcmul(v[:n], a[:n], a[:n]).sum(1) * size
     # u_n = f_n / ||f_n||; a sample of zeros is similar to none.
     inverse = squared_norm.rsqrt().nan_to_num(nan=torch.nan, posinf=0)
-    # With ||u_n||^2 = 1, or 0 for zeros, and NaN where a norm is not finite: 0 * inf.
-    total = torch.mv(f.T, inverse).square().sum() - (inverse.square() * squared_norm).sum()
+    # ||sum_n u_n||^2 - sum_n ||u_n||^2, where ||u_n||^2 is 1, or 0 for zeros, or 0 * inf = NaN where there is no norm.
+    total = -(inverse.square() * squared_norm).sum()
+    for (values,) in _pieces(f.T):
+        total += torch.mv(values.to(a.dtype), inverse).square().sum()
     return total, n * (n - 1)
+
+
+def _pieces(rows: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Slices along the first dimension, of ``PIECE`` values of ``rows``."""
+    length = max(1, PIECE // rows.shape[1])
+    return zip(*(tensor.split(length) for tensor in (rows, *others)), strict=True)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -149,26 +149,28 @@ class UnifiedNorm(_BatchNorm):
 
     def _forward(self, x: Tensor) -> Tensor:
         backend = kernels.choose_backend(x, self.kernel_size)
+        is_differentiated = torch.is_grad_enabled()
         with torch.no_grad():
             if self.training and (x.numel() > 0 or self._synchronizes()):
                 statistics = self._training_statistics(x, backend)
             else:
-                statistics = self._running_statistics(x, backend)
+                statistics = self._running_statistics(x, backend, with_copies=is_differentiated)
         form = Form(self._eps, self.scaling, self.calibrate_bias)
         parameters = Parameters(
             self.weight, self.bias, self.neighbor_weight, self.center_weight, self.scale_weight, self.scale_bias
         )
         return backend.rectified_norm(x, statistics, form, parameters)
 
-    def _running_statistics(self, x: Tensor, backend: kernels.Backend) -> Statistics:
+    def _running_statistics(self, x: Tensor, backend: kernels.Backend, with_copies: bool) -> Statistics:
         a = v = None
         if self.scaling == 'unitized':
             a, v = backend.instance_moments(x)
         elif self.centering or self.scaling is not None:
             a = backend.instance_means(x)
+        dtype = F.statistics_dtype(x)
         # Copies: an update of the buffers by a later call must not change what this call's backward reads.
-        running = (buffer.to(F.statistics_dtype(x), copy=True) for buffer in (self.running_mean, self.running_var))
-        return Statistics(a, v, *running, share=None)
+        mean, var = (buffer.to(dtype, copy=with_copies) for buffer in (self.running_mean, self.running_var))
+        return Statistics(a, v, mean, var, share=None)
 
     def _training_statistics(self, x: Tensor, backend: kernels.Backend) -> Statistics:
         """The statistics that normalise a training batch. Moves the buffers, in place, without a host decision."""
