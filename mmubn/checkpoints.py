@@ -11,16 +11,22 @@ import itertools
 import math
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmubn.functional import depthwise_kernel
+
+if TYPE_CHECKING:
+    from mmubn.layers import UnifiedNorm
 
 __all__ = [
     'LAYOUTS',
+    'CheckpointError',
     'Layout',
     'convert_state',
     'convert_state_dict',
@@ -30,36 +36,76 @@ __all__ = [
 ]
 
 
+class CheckpointError(ValueError):
+    """Entries of a checkpoint that no norm layer has, or that this one cannot take over exactly."""
+
+
 class Layout(NamedTuple):
-    """How an implementation names and shapes the tensors of a norm layer; what each means, its key says."""
+    """How an implementation names and shapes the tensors of a norm layer."""
 
     title: str
     keys: tuple[str, ...]  # besides running_mean, running_var and, optionally, num_batches_tracked
     options: tuple[tuple[str, ...], ...] = ()  # groups of keys that are there or not, as the layer's arguments say
-    vectors_4d: bool = False  # writes vectors as (1, C, 1, 1), not (C,); both are read
+    names: Mapping[str, str] = MappingProxyType({})  # what this module calls a key, where that is another name
+    scaling: str | None = None  # what its factor r depends on, where it has a scale_weight: a key of FACTORS
     calibrates_bias: bool | None = False  # whether r multiplies the bias too; None: calibrate_bias says, no key does
+    released: bool = False  # by its authors: vectors are written as (1, C, 1, 1), not (C,), and read as either
+    starts: bool = True  # whether a layer of more keys takes these for a start, not for its own with a tensor lost
 
 
-RECTIFICATIONS = ('center_weight', 'scale_weight', 'scale_bias')
-# The name is that of the converter's --to. A layout with keys of another meaning also extends read_norm and write_norm.
+AFFINE = ('weight', 'bias')
+SCALE = ('scale_weight', 'scale_bias')
+RECTIFICATIONS = ('center_weight', *SCALE)
+CONVOLUTION = {'bnconv.weight': 'kernel', 'bnconv.bias': 'bias'}
+READJUST = {'weight_readjust': 'scale_weight', 'bias_readjust': 'scale_bias'}
+# The name is that of the converter's --to.
 LAYOUTS = {
-    'bn': Layout('BatchNorm', ('weight', 'bias')),
-    'rbn': Layout('RBN', ('weight', 'bias', *RECTIFICATIONS), vectors_4d=True),
-    'bnet': Layout('BNET', ('bnconv.weight', 'bnconv.bias')),
-    'ubn-released': Layout(
-        'released UBN', (*RECTIFICATIONS, 'bnconv.weight', 'bnconv.bias'), vectors_4d=True, calibrates_bias=True
-    ),
+    'bn': Layout('BatchNorm', AFFINE),
+    'rbn': Layout('RBN', (*AFFINE, *RECTIFICATIONS), scaling='rectified'),
+    'bnet': Layout('BNET', (*AFFINE, 'neighbor_weight')),
+    'iebn': Layout('IEBN', (*AFFINE, *SCALE), scaling='instance', starts=False),
+    'unitizedbn': Layout('UnitizedBN', (*AFFINE, 'scale_weight'), scaling='unitized', starts=False),
     'ubn': Layout(
         'UBN',
-        ('weight', 'bias', 'running_similarity'),
-        options=(('neighbor_weight',), ('center_weight',), ('scale_weight', 'scale_bias')),
+        (*AFFINE, 'running_similarity'),
+        options=(('neighbor_weight',), ('center_weight',), SCALE),
+        scaling='rectified',
         calibrates_bias=None,
+        starts=False,
+    ),
+    'rbn-released': Layout('released RBN', (*AFFINE, *RECTIFICATIONS), scaling='rectified', released=True),
+    'bnet-released': Layout('released BNET', tuple(CONVOLUTION), names=CONVOLUTION, released=True),
+    'iebn-released': Layout('released IEBN', (*AFFINE, *READJUST), names=READJUST, scaling='instance', released=True),
+    'ubn-released': Layout(
+        'released UBN',
+        (*RECTIFICATIONS, *CONVOLUTION),
+        names=CONVOLUTION,
+        scaling='rectified',
+        calibrates_bias=True,
+        released=True,
     ),
 }
-VECTORS = ('weight', 'bias', 'bnconv.bias', *RECTIFICATIONS)
+VECTORS = (*AFFINE, *RECTIFICATIONS, *READJUST)
 STATISTICS = ('running_mean', 'running_var')
 OPTIONAL = 'num_batches_tracked'
 SCALARS = ('running_similarity', OPTIONAL)
+
+# What the factor r of each kind of scaling depends on; with a scale_weight of zeros it is a constant.
+FACTORS = {
+    'rectified': 'the mean of the normalised input',
+    'instance': 'the mean of the raw input',
+    'unitized': 'the length of the normalised input',
+}
+# w_b of a fresh layer, where its kind of scaling has one: r is then the sigmoid of this, and 1 where it has none.
+INITIAL_SCALE_BIAS = {'rectified': 1.0, 'instance': -1.0}
+
+
+class Scaling(NamedTuple):
+    """The factor r: of which kind, None for r = 1, with w_v and, where the kind has one, w_b, each (C,)."""
+
+    kind: str | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
 
 
 class Norm(NamedTuple):
@@ -69,21 +115,31 @@ class Norm(NamedTuple):
     kernel: Tensor  # (C, k, k)
     bias: Tensor  # beta, (C,)
     center_weight: Tensor | None  # w_m, (C,); None for 0
-    scale: tuple[Tensor, Tensor] | None  # w_v and w_b, each (C,); None for r = 1
+    scaling: Scaling
     calibrated: bool
     buffers: dict[str, Tensor]  # of STATISTICS and SCALARS
+
+
+class Target(NamedTuple):
+    """What a norm is written as."""
+
+    title: str  # for errors
+    keys: Collection[str]  # as this module calls them
+    scaling: str | None
+    kernel_size: int
+    calibrates_bias: bool
 
 
 # --- loading into a layer ---------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def convert_state(layer: _BatchNorm, state_dict: dict, prefix: str) -> None:
+def convert_state(layer: UnifiedNorm, state_dict: dict, prefix: str) -> None:
     """Turn what ``state_dict`` holds under ``prefix``, in any layout, into the layer's own entries.
 
-    The layer then computes the function of the layer that was saved, in training as long as the gate is open (the
-    running similarity starts at 1 where the layout has none). There is one exception, with a warning: a released UBN,
-    whose factor r multiplies the bias too, in a layer without ``calibrate_bias``.
+    The layer then computes the function of the layer that was saved, in training as long as the gate of a UBN is open
+    (the running similarity starts at 1 where the layout has none). There is one exception, with a warning: a released
+    UBN, whose factor r multiplies the bias too, in a UBN without ``calibrate_bias``.
 
     The layer's own entries are left as they are, and so is a state dict without any key under ``prefix``: torch then
     reports the missing keys as usual.
@@ -94,49 +150,62 @@ def convert_state(layer: _BatchNorm, state_dict: dict, prefix: str) -> None:
         prefix: Name of the layer in the state dict, with the trailing dot.
 
     Raises:
-        ValueError: The entries are of no layout, of another number of channels, or of a function that the layer does
-            not have. Names the key, what is expected and what was received.
+        CheckpointError: The entries are of no layout, of another number of channels, or of a function that the layer
+            does not have. Names the key, what is expected and what was received.
     """
+    name = type(layer).__name__
     tensors = _under(state_dict, prefix)
     if not tensors:
-        _reads[type(layer).__name__, None] += 1
+        _reads[name, None] += 1
         return
     own = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
-    calibrates = getattr(layer, 'calibrate_bias', False)
     if _shapes(tensors) == _shapes(own):
-        layout = _layouts_by_keys().get(frozenset(_shapes(own)))
-        _reads[type(layer).__name__, layout.title if layout else type(layer).__name__] += 1
+        layout = _layouts_by_keys(released=False).get(frozenset(own) - {OPTIONAL})
+        _reads[name, layout.title if layout else name] += 1
         return
 
     layout = find_layout(tensors, prefix)
-    norm = read_norm(tensors, layout, prefix, layer.num_features, calibrates)
-    title = norm.layout.title
-    if layout.calibrates_bias is None:
-        # A UBN of fewer rectifications has the keys of this one with a tensor lost; nothing tells them apart.
-        if missing := own.keys() - tensors.keys() - {OPTIONAL}:
-            raise ValueError(
-                f'{prefix}{min(missing)} is missing: expected {_listed(own)}, got {_listed(tensors)}; '
-                'give norm_cfg the arguments of the UBN that was saved.'
-            )
+    norm = read_norm(tensors, layout, prefix, layer.num_features, layer.calibrate_bias)
+    target = Target(f'this {name}', own.keys(), layer.scaling, layer.kernel_size, layer.calibrate_bias)
+    _check_complete(norm, target, tensors, prefix)
+    gated = 'running_similarity' in own
+    approximate = gated and norm.calibrated and not layer.calibrate_bias and _bias_depends_on_scaling(norm, target)
+    title = layout.title
+    if layout.calibrates_bias is None and gated:
         title += ' of other arguments'
-    approximate = norm.calibrated and not calibrates and _bias_depends_on_scaling(norm, own)
+    elif layout.calibrates_bias is None and norm.scaling.kind is not None:
+        title += ' taken to be without calibrate_bias'
     if approximate:
         title += ', its bias approximately'
         # The same words for every layer, so that Python shows them once.
         warnings.warn(
-            f'The checkpoint is of a {norm.layout.title}, whose scaling factor multiplies the bias too; in this '
-            f'{type(layer).__name__} it does not, so its function differs: bias times the factor of an average sample, '
-            'sigmoid(scale_bias), was loaded. Set calibrate_bias=True in norm_cfg for exactly the same function.',
+            f'The checkpoint is of {layout.title}, whose scaling factor multiplies the bias too; in this {name} it '
+            'does not, so its function differs: bias times the factor of an average sample, sigmoid(scale_bias), was '
+            'loaded. Set calibrate_bias=True in norm_cfg for exactly the same function.',
             stacklevel=3,
         )
-    neighbors = own['neighbor_weight'].shape[1] if 'neighbor_weight' in own else 0
-    new = write_norm(
-        norm, own, math.isqrt(neighbors + 1), calibrates, prefix, f'this {type(layer).__name__}', approximate
-    )
+    new = write_norm(norm, target, prefix, approximate)
     for key in tensors:
         del state_dict[prefix + key]
     state_dict.update({prefix + key: tensor for key, tensor in new.items()})
-    _reads[type(layer).__name__, title] += 1
+    _reads[name, title] += 1
+
+
+def _check_complete(norm: Norm, target: Target, tensors: Mapping, prefix: str) -> None:
+    """Refuse what may be the layer's own entries with a tensor lost, although another layer has just these keys."""
+    present = tensors.keys() - {OPTIONAL}
+    lost = target.keys - present - {OPTIONAL}
+    if norm.layout.starts or not lost or not present < target.keys:
+        return
+    if norm.layout.calibrates_bias is None:
+        remedy = 'Give norm_cfg the arguments of the UBN that was saved.'
+    else:
+        remedy = (
+            f'If it is a whole {norm.layout.title}, tools/model_converters/convert_norm.py converts it where that is '
+            f'exact; {_different_factors(norm, target)}.'
+        )
+    missing = ', '.join(f'{prefix}{key} is missing' for key in sorted(lost))
+    raise CheckpointError(f'{missing}: expected {_listed(target.keys - {OPTIONAL})}, got {_listed(present)}. {remedy}')
 
 
 def _under(state_dict: Mapping, prefix: str) -> dict:
@@ -144,7 +213,7 @@ def _under(state_dict: Mapping, prefix: str) -> dict:
 
 
 def _shapes(tensors: Mapping) -> dict:
-    return {key: getattr(tensor, 'shape', None) for key, tensor in tensors.items() if key != OPTIONAL}
+    return {OPTIONAL: torch.Size()} | {key: getattr(tensor, 'shape', None) for key, tensor in tensors.items()}
 
 
 # --- converting a whole state dict ------------------------------------------------------------------------------------
@@ -163,25 +232,26 @@ def convert_state_dict(state_dict: Mapping, to: str, calibrate_bias: bool = Fals
         The new state dict, and how many layers had which layout.
 
     Raises:
-        ValueError: A layer is of no layout, or has no exact equal in the layout ``to``. Names the layer and why.
+        CheckpointError: A layer is of no layout, or has no exact equal in the layout ``to``. Names the layer and why.
     """
-    target = LAYOUTS[to]
-    keys = {*target.keys, *itertools.chain(*target.options)}
-    calibrates = calibrate_bias if target.calibrates_bias is None else target.calibrates_bias
+    layout = LAYOUTS[to]
+    names = {layout.names.get(key, key): key for key in (*layout.keys, *itertools.chain(*layout.options))}
+    calibrates = calibrate_bias if layout.calibrates_bias is None else layout.calibrates_bias
     layers, owner, counts = {}, {}, Counter()
     for prefix in dict.fromkeys(_norm_prefixes(state_dict)):
         tensors = _under(state_dict, prefix)
-        layout = find_layout(tensors, prefix)
-        channels = tensors['running_mean'].numel()
-        norm = read_norm(tensors, layout, prefix, channels, calibrate_bias)
+        source = find_layout(tensors, prefix)
+        norm = read_norm(tensors, source, prefix, tensors['running_mean'].numel(), calibrate_bias)
         # A kernel of 1 would fit no layer with the default kernel_size.
-        kernel_size = max(3, norm.kernel.shape[-1]) if keys & {'bnconv.weight', 'neighbor_weight'} else 1
-        new = write_norm(norm, keys, kernel_size, calibrates, prefix, f'a {target.title}')
-        if target.vectors_4d:
-            new |= {key: new[key].reshape(1, -1, 1, 1) for key in target.keys if not key.startswith('bnconv.')}
-        layers[prefix] = {prefix + key: value for key, value in new.items()}
+        kernel_size = max(3, norm.kernel.shape[-1]) if names.keys() & {'kernel', 'neighbor_weight'} else 1
+        target = Target(f'the layout of {layout.title}', names.keys(), layout.scaling, kernel_size, calibrates)
+        layers[prefix] = {}
+        for name, tensor in write_norm(norm, target, prefix).items():
+            key = names.get(name, name)
+            vector = layout.released and key in VECTORS
+            layers[prefix][prefix + key] = tensor.reshape(1, -1, 1, 1) if vector else tensor
         owner |= {prefix + key: prefix for key in tensors}
-        counts[layout.title] += 1
+        counts[source.title] += 1
 
     converted = OrderedDict()
     for key, value in state_dict.items():
@@ -202,27 +272,32 @@ def _norm_prefixes(state_dict: Mapping) -> Iterable[str]:
 
 
 @functools.cache
-def _layouts_by_keys() -> dict[frozenset[str], Layout]:
+def _layouts_by_keys(released: bool) -> dict[frozenset[str], Layout]:
+    """Layouts by their keys; ``released``: those alone. RBN has the same keys in both."""
     layouts = {}
     for layout in LAYOUTS.values():
-        for chosen in itertools.product((False, True), repeat=len(layout.options)):
-            options = itertools.chain(*itertools.compress(layout.options, chosen))
-            layouts[frozenset({*layout.keys, *options, *STATISTICS})] = layout
+        if layout.released or not released:
+            for chosen in itertools.product((False, True), repeat=len(layout.options)):
+                options = itertools.chain(*itertools.compress(layout.options, chosen))
+                layouts.setdefault(frozenset({*layout.keys, *options, *STATISTICS}), layout)
     return layouts
 
 
-def find_layout(keys: Iterable[str], prefix: str) -> Layout:
+def find_layout(tensors: Mapping, prefix: str) -> Layout:
     """The layout that has exactly these keys."""
-    present = frozenset(keys) - {OPTIONAL}
-    layouts = _layouts_by_keys()
+    present = frozenset(tensors) - {OPTIONAL}
+    # RBN's entries without center_weight have IEBN's keys, but not, as released, its shapes.
+    released = any(getattr(tensors[key], 'ndim', 0) == 4 for key in present.intersection(VECTORS))
+    layouts = _layouts_by_keys(released)
     if present in layouts:
         return layouts[present]
     # Of several as near, the one that lacks keys rather than the one that has too many.
     nearest = min(layouts, key=lambda keys: (len(keys ^ present), len(present - keys)))
     wrong = [f'{prefix}{key} is missing' for key in sorted(nearest - present)]
     wrong += [f'{prefix}{key} is none of its keys' for key in sorted(present - nearest)]
-    raise ValueError(
-        f'the norm layer {prefix[:-1]!r} has the keys of no layout that mmubn reads; the nearest, '
+    shapes = ' with vectors of shape (1, C, 1, 1)' if released else ''
+    raise CheckpointError(
+        f'the norm layer {prefix[:-1]!r} has the keys of no layout{shapes} that mmubn reads; the nearest, '
         f'{layouts[nearest].title}, has {_listed(nearest)}, but {", ".join(wrong)}: got {_listed(present)}.'
     )
 
@@ -232,31 +307,25 @@ def _listed(keys: Iterable[str]) -> str:
 
 
 def read_norm(tensors: Mapping, layout: Layout, prefix: str, channels: int, calibrate_bias: bool) -> Norm:
-    """The general form of a layer whose keys are those of ``layout``; raises a ValueError for a wrong shape."""
+    """The general form of a layer whose keys are those of ``layout``; raises a CheckpointError for a wrong shape."""
     for key, tensor in tensors.items():
-        _check_shape(prefix, key, tensor, channels, layout.title)
-    vectors = {key: tensors[key].reshape(-1) for key in VECTORS if key in tensors}
-    kernel = tensors['bnconv.weight'].squeeze(1) if 'bnconv.weight' in tensors else vectors['weight'][:, None, None]
-    if 'neighbor_weight' in tensors:
-        before, after = tensors['neighbor_weight'].chunk(2, dim=1)
-        taps = torch.cat([before, kernel.flatten(1), after], dim=1)
-        kernel = taps.unflatten(1, (math.isqrt(taps.shape[1]), -1))
+        _check_shape(prefix, key, tensor, channels, layout)
+    named = {layout.names.get(key, key): tensors[key] for key in tensors}
+    vectors = {name: named[name].reshape(-1) for name in VECTORS if name in named}
+    kernel = named['kernel'] if 'kernel' in named else depthwise_kernel(vectors['weight'], named.get('neighbor_weight'))
+    kind = layout.scaling if 'scale_weight' in named else None
     return Norm(
         layout=layout,
-        kernel=kernel,
-        bias=vectors[_bias_key(layout)],
+        kernel=kernel.squeeze(1),
+        bias=vectors['bias'],
         center_weight=vectors.get('center_weight'),
-        scale=(vectors['scale_weight'], vectors['scale_bias']) if 'scale_weight' in vectors else None,
+        scaling=Scaling(kind, vectors.get('scale_weight'), vectors.get('scale_bias')),
         calibrated=calibrate_bias if layout.calibrates_bias is None else layout.calibrates_bias,
         buffers={key: tensors[key] for key in (*STATISTICS, *SCALARS) if key in tensors},
     )
 
 
-def _bias_key(layout: Layout) -> str:
-    return 'bias' if 'bias' in layout.keys else 'bnconv.bias'
-
-
-def _check_shape(prefix: str, key: str, tensor: object, channels: int, title: str) -> None:
+def _check_shape(prefix: str, key: str, tensor: object, channels: int, layout: Layout) -> None:
     shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else None
     if key in SCALARS:
         fits, expected = shape in ((), (1,)), 'a scalar'
@@ -266,112 +335,134 @@ def _check_shape(prefix: str, key: str, tensor: object, channels: int, title: st
     elif key == 'neighbor_weight':
         expected = f'({channels}, k*k - 1) with odd k'
         fits = shape is not None and len(shape) == 2 and shape[0] == channels and _is_odd_square(shape[1] + 1)
-    elif key in STATISTICS:
-        fits, expected = shape == (channels,), f'({channels},)'
-    else:
+    elif key in VECTORS and layout.released:
         fits, expected = shape in ((channels,), (1, channels, 1, 1)), f'({channels},) or (1, {channels}, 1, 1)'
+    else:
+        fits, expected = shape == (channels,), f'({channels},)'
     if not fits:
         received = shape if shape is not None else type(tensor).__name__
-        raise ValueError(f'{prefix}{key} of a {title}: expected shape {expected}, got {received}.')
+        raise CheckpointError(f'{prefix}{key} of {layout.title}: expected shape {expected}, got {received}.')
 
 
 def _is_odd_square(n: int) -> bool:
     return n > 1 and n % 2 == 1 and math.isqrt(n) ** 2 == n
 
 
-def write_norm(
-    norm: Norm,
-    keys: Iterable[str],
-    kernel_size: int,
-    calibrates_bias: bool,
-    prefix: str,
-    target: str,
-    approximate_bias: bool = False,
-) -> dict[str, Tensor]:
-    """The entries ``keys`` of a layer that computes ``norm``; vectors are (C,).
+def write_norm(norm: Norm, target: Target, prefix: str, approximate_bias: bool = False) -> dict[str, Tensor]:
+    """The entries ``target.keys`` of a layer that computes ``norm``; vectors are (C,).
 
     Args:
         norm: The function.
-        keys: Keys of the layer that is written; num_batches_tracked is written where ``norm`` has it.
-        kernel_size: Size of its kernel.
-        calibrates_bias: Whether its factor r multiplies the bias too.
+        target: What is written; num_batches_tracked is written where ``norm`` has it.
         prefix: Name of the layer, for errors.
-        target: What is written, for errors.
         approximate_bias: Where the bias has no exact equal, take the factor of an average sample, sigmoid(w_b).
 
     Raises:
-        ValueError: There are no such entries of exactly this function.
+        CheckpointError: There are no such entries of exactly this function.
     """
+    center_weight = torch.zeros_like(norm.bias) if norm.center_weight is None else norm.center_weight
+    if 'center_weight' not in target.keys:
+        _require_zero(center_weight, 'center_weight', norm, prefix, f'{target.title} has no centering')
+    scaling, kernel, bias = _scale(norm, target, prefix, approximate_bias)
+    kernel = _resize(kernel, norm, target, prefix)
 
-    def require_zero(tensor: Tensor, key: str, lack: str) -> None:
-        if (tensor != 0).any():
-            raise ValueError(
-                f'{prefix}{key} of a {norm.layout.title}: expected zeros, because {target} has {lack}, '
-                f'got values up to {tensor.abs().max():.3g}.'
-            )
-
-    rectifications = {}
-    w_m = torch.zeros_like(norm.bias) if norm.center_weight is None else norm.center_weight
-    if 'center_weight' in keys:
-        rectifications['center_weight'] = w_m
+    if 'kernel' in target.keys:
+        entries = {'kernel': kernel[:, None], 'bias': bias}
     else:
-        require_zero(w_m, 'center_weight', 'no centering')
+        middle = target.kernel_size**2 // 2
+        before, weight, after = kernel.flatten(1).tensor_split((middle, middle + 1), dim=1)
+        # A copy: a view would have torch.save write the whole kernel with it.
+        entries = {'weight': weight.flatten().contiguous(), 'bias': bias}
+        if 'neighbor_weight' in target.keys:
+            entries['neighbor_weight'] = torch.cat([before, after], dim=1)
+    if 'center_weight' in target.keys:
+        entries['center_weight'] = center_weight
+    entries |= {name: value for name, value in zip(SCALE, scaling[1:], strict=True) if value is not None}
+    entries |= {key: norm.buffers[key] for key in (*STATISTICS, OPTIONAL) if key in norm.buffers}
+    if 'running_similarity' in target.keys:
+        open_gate = norm.bias.new_ones((), dtype=torch.float32)
+        entries['running_similarity'] = norm.buffers.get('running_similarity', open_gate)
+    return entries
 
-    # A constant factor sigmoid(w_b) goes into the kernel, or out of it, without a trace.
-    kernel, bias = norm.kernel, norm.bias
-    if norm.scale is None and 'scale_weight' in keys:
-        w_v, w_b = torch.zeros_like(bias), torch.ones_like(bias)
-        kernel = kernel / _sigmoid(w_b)[:, None, None]
-        bias = bias / _sigmoid(w_b) if calibrates_bias else bias
-    elif norm.scale is not None:
-        w_v, w_b = norm.scale
-        if 'scale_weight' not in keys:
-            require_zero(w_v, 'scale_weight', 'no scaling')
-            kernel = kernel * _sigmoid(w_b)[:, None, None]
-            bias = bias * _sigmoid(w_b) if norm.calibrated else bias
-        elif norm.calibrated != calibrates_bias:
-            if _bias_depends_on_scaling(norm, keys) and not approximate_bias:
-                does, does_not = (norm.layout.title, target) if norm.calibrated else (target, norm.layout.title)
-                raise ValueError(
-                    f'{prefix}{_bias_key(norm.layout)} of a {norm.layout.title} has no exact equal in {target}: '
-                    f'the scaling factor multiplies the bias too in {does}, but not in {does_not}.'
-                )
-            bias = bias * _sigmoid(w_b) if norm.calibrated else bias / _sigmoid(w_b)
-    if 'scale_weight' in keys:
-        rectifications |= {'scale_weight': w_v, 'scale_bias': w_b}
 
-    # Padding with zeros makes a kernel and the same kernel amid zeros one function.
-    margin = (kernel_size - kernel.shape[-1]) // 2
+def _scale(norm: Norm, target: Target, prefix: str, approximate_bias: bool) -> tuple[Scaling, Tensor, Tensor]:
+    """The factor as the target has it, and the kernel and bias that go with it."""
+    scaling, kernel, bias = norm.scaling, norm.kernel, norm.bias
+    if scaling.kind != target.scaling:
+        if scaling.kind is not None:
+            _require_zero(scaling.weight, 'scale_weight', norm, prefix, _different_factors(norm, target))
+        # A constant factor goes into the kernel, and that of the target out of it, without a trace.
+        new = _initial_scaling(target.scaling, bias)
+        r, new_r = _constant_factor(scaling, bias), _constant_factor(new, bias)
+        bias = bias * r if norm.calibrated else bias
+        bias = bias / new_r if target.calibrates_bias else bias
+        return new, kernel * r[:, None, None] / new_r[:, None, None], bias
+
+    if scaling.kind is not None and norm.calibrated != target.calibrates_bias:
+        if _bias_depends_on_scaling(norm, target) and not approximate_bias:
+            does, does_not = norm.layout.title, target.title
+            if target.calibrates_bias:
+                does, does_not = does_not, does
+            raise CheckpointError(
+                f'{prefix}{_key(norm.layout, "bias")} of {norm.layout.title} has no exact equal in {target.title}: '
+                f'the scaling factor multiplies the bias too in {does}, but not in {does_not}.'
+            )
+        r = _constant_factor(scaling, bias)
+        bias = bias * r if norm.calibrated else bias / r
+    return scaling, kernel, bias
+
+
+def _resize(kernel: Tensor, norm: Norm, target: Target, prefix: str) -> Tensor:
+    """Padding with zeros makes a kernel and the same kernel amid zeros one function."""
+    size = target.kernel_size
+    margin = (size - kernel.shape[-1]) // 2
     if margin < 0:
         outside = kernel.clone()
         outside[:, -margin:margin, -margin:margin] = 0
-        key = 'bnconv.weight' if 'bnconv.weight' in norm.layout.keys else 'neighbor_weight'
-        require_zero(outside, key, f'a {kernel_size} x {kernel_size} kernel')
-    kernel = F.pad(kernel, (margin,) * 4) if margin else kernel
-    if 'bnconv.weight' in keys:
-        affine = {'bnconv.weight': kernel[:, None], 'bnconv.bias': bias}
-    else:
-        before, weight, after = kernel.flatten(1).tensor_split((kernel_size**2 // 2, kernel_size**2 // 2 + 1), dim=1)
-        # A copy: a view would have torch.save write the whole kernel with it.
-        affine = {'weight': weight.flatten().contiguous(), 'bias': bias}
-        if 'neighbor_weight' in keys:
-            affine['neighbor_weight'] = torch.cat([before, after], dim=1)
-
-    buffers = {key: norm.buffers[key] for key in (*STATISTICS, OPTIONAL) if key in norm.buffers}
-    if 'running_similarity' in keys:
-        open_gate = bias.new_ones((), dtype=torch.float32)
-        buffers['running_similarity'] = norm.buffers.get('running_similarity', open_gate)
-    return affine | rectifications | buffers
+        name = 'kernel' if 'kernel' in norm.layout.names.values() else 'neighbor_weight'
+        _require_zero(outside, name, norm, prefix, f'{target.title} has a {size} x {size} kernel')
+    return F.pad(kernel, (margin,) * 4) if margin else kernel
 
 
-def _sigmoid(w_b: Tensor) -> Tensor:
+def _require_zero(tensor: Tensor, name: str, norm: Norm, prefix: str, because: str) -> None:
+    if (tensor != 0).any():
+        raise CheckpointError(
+            f'{prefix}{_key(norm.layout, name)} of {norm.layout.title}: expected zeros, because {because}; '
+            f'got values up to {tensor.abs().max():.3g}.'
+        )
+
+
+def _key(layout: Layout, name: str) -> str:
+    """What ``layout`` calls what this module calls ``name``."""
+    return next((key for key, other in layout.names.items() if other == name), name)
+
+
+def _initial_scaling(kind: str | None, like: Tensor) -> Scaling:
+    """That of a fresh layer: its factor is a constant."""
+    weight = torch.zeros_like(like) if kind is not None else None
+    bias = torch.full_like(like, INITIAL_SCALE_BIAS[kind]) if kind in INITIAL_SCALE_BIAS else None
+    return Scaling(kind, weight, bias)
+
+
+def _constant_factor(scaling: Scaling, like: Tensor) -> Tensor:
+    """The factor r where w_v is 0, (C,)."""
+    if scaling.bias is None:
+        return torch.ones_like(like)
     # In float32 at least: the entries of a half-precision checkpoint are rounded once, not twice.
-    return torch.sigmoid(w_b.to(torch.promote_types(w_b.dtype, torch.float32)))
+    return torch.sigmoid(scaling.bias.to(torch.promote_types(like.dtype, torch.float32)))
 
 
-def _bias_depends_on_scaling(norm: Norm, keys: Iterable[str]) -> bool:
-    """Whether r beta is no constant, in a layer that has ``keys``."""
-    return norm.scale is not None and 'scale_weight' in keys and bool(((norm.scale[0] != 0) & (norm.bias != 0)).any())
+def _different_factors(norm: Norm, target: Target) -> str:
+    source = f'the scaling factor of {norm.layout.title} depends on {FACTORS[norm.scaling.kind]}'
+    if target.scaling is None:
+        return f'{source} and {target.title} has no scaling'
+    return f'{source}, that of {target.title} on {FACTORS[target.scaling]}'
+
+
+def _bias_depends_on_scaling(norm: Norm, target: Target) -> bool:
+    """Whether r beta is no constant, in a layer with the same kind of scaling."""
+    same = norm.scaling.kind is not None and norm.scaling.kind == target.scaling
+    return same and bool(((norm.scaling.weight != 0) & (norm.bias != 0)).any())
 
 
 # --- MMEngine ---------------------------------------------------------------------------------------------------------

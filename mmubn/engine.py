@@ -17,6 +17,7 @@ from mmengine.hub import get_config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from mmubn.checkpoints import CheckpointError
 from mmubn.faults import end_with_launcher
 
 __all__ = [
@@ -39,13 +40,13 @@ class UsageError(Exception):
 def run_tool(main: Callable[[], None]) -> None:
     """Run the ``main`` of a tool, and end well.
 
-    A UsageError ends with status 2 and one line, told by the first process alone.
+    A UsageError, or a checkpoint that does not fit, ends with status 2 and one line, told by the first process alone.
     """
     try:
         main()
         if torch.distributed.is_initialized():
             _leave_process_group()
-    except UsageError as error:
+    except (UsageError, CheckpointError) as error:
         if os.environ.get('RANK', '0') == '0':
             print(f'error: {error}', file=sys.stderr, flush=True)
         sys.exit(2)

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmubn import functional as F
 from mmubn import kernels
-from mmubn.checkpoints import convert_state
+from mmubn.checkpoints import INITIAL_SCALE_BIAS, convert_state
 from mmubn.guards import UnfoldableEps
 from mmubn.kernels import Form, Parameters, Statistics
 from mmubn.layers.recomputation import Call, RecentCalls
@@ -61,8 +61,6 @@ class UnifiedNorm(_BatchNorm):
         running_mean, running_var, num_batches_tracked: As in BatchNorm.
     """
 
-    # w_b of a fresh layer, per kind of scaling: r starts as its sigmoid, and as 1 for 'unitized'.
-    initial_scale_bias: ClassVar[dict[str, float]] = {'rectified': 1.0, 'instance': -1.0}
     input_dims: ClassVar[dict[int, str]] = {4: '(N, {}, H, W)'}
 
     def __init__(
@@ -95,7 +93,7 @@ class UnifiedNorm(_BatchNorm):
         self.neighbor_weight = vector(kernel_size > 1, kernel_size**2 - 1)
         self.center_weight = vector(centering)
         self.scale_weight = vector(scaling is not None)
-        self.scale_bias = vector(scaling in self.initial_scale_bias)
+        self.scale_bias = vector(scaling in INITIAL_SCALE_BIAS)
         if gated:
             self.register_buffer('running_similarity', torch.ones((), dtype=torch.float32))
         self._calls = RecentCalls()
@@ -127,7 +125,7 @@ class UnifiedNorm(_BatchNorm):
     def initial_rectifications(self) -> dict[str, Tensor]:
         """Initial values of the parameters that BatchNorm lacks: the layer is then a constant times BatchNorm."""
         initial = {'neighbor_weight': 0.0, 'center_weight': 0.0, 'scale_weight': 0.0}
-        initial['scale_bias'] = self.initial_scale_bias.get(self.scaling)
+        initial['scale_bias'] = INITIAL_SCALE_BIAS.get(self.scaling)
         return {
             name: torch.full_like(parameter, initial[name], requires_grad=False)
             for name, parameter in self.named_parameters(recurse=False)

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from cli import ROOT, tool
+from cli import ROOT
 from torch import nn
 
-from mmubn import UBN
+from mmubn import BNET, IEBN, RBN, UBN, UnitizedBN
 
 TOOL = 'model_converters/convert_norm.py'
 
@@ -82,15 +82,57 @@ def test_there_and_back(tmp_path, run, wrapper):
         assert torch.allclose(state_dict[key], value, rtol=1e-6), key
 
 
-def test_released_layout_needs_the_argument_of_the_layers(tmp_path):
+@pytest.mark.parametrize(('norm', 'to'), [(RBN, 'rbn'), (BNET, 'bnet'), (IEBN, 'iebn'), (UnitizedBN, 'unitizedbn')])
+def test_batch_norm_to_each_type_and_back(tmp_path, run, norm, to):
+    model, other, x = network(nn.BatchNorm2d), network(norm), torch.randn(2, 3, 8, 8)
+    source, converted, back = (tmp_path / f'{name}.pth' for name in ('source', 'converted', 'back'))
+    torch.save(model.state_dict(), source)
+    status, output = run(source, converted, '--to', to)
+    assert status == 0, output
+    assert f'2 layers to {norm.__name__}: 2 from BatchNorm' in output
+    assert torch.load(converted).keys() == other.state_dict().keys()
+    other.load_state_dict(torch.load(converted))
+    with torch.no_grad():
+        assert torch.allclose(other(x), model(x), rtol=1e-4, atol=1e-5)
+    status, output = run(converted, back, '--to', 'bn')
+    assert status == 0, output
+    for key, value in torch.load(back).items():
+        assert torch.allclose(value, model.state_dict()[key], rtol=1e-6), key
+
+
+@pytest.mark.parametrize(
+    ('norm', 'key', 'shape'),
+    [
+        (RBN, 'center_weight', (1, 8, 1, 1)),
+        (BNET, 'bnconv.weight', (8, 1, 3, 3)),
+        (IEBN, 'weight_readjust', (1, 8, 1, 1)),
+    ],
+)
+def test_to_the_layout_of_the_authors_and_back(tmp_path, run, norm, key, shape):
+    to = norm.__name__.lower()
+    model = network(norm)
+    source, released, back = (tmp_path / f'{name}.pth' for name in ('source', 'released', 'back'))
+    torch.save(model.state_dict(), source)
+    status, output = run(source, released, '--to', f'{to}-released')
+    assert status == 0, output
+    assert f'2 layers to released {norm.__name__}: 2 from {norm.__name__}' in output
+    assert torch.load(released)[f'1.{key}'].shape == shape
+    status, output = run(released, back, '--to', to)
+    assert status == 0, output
+    content = torch.load(back)
+    assert content.keys() == model.state_dict().keys()
+    assert all(torch.equal(content[key], value) for key, value in model.state_dict().items())
+
+
+def test_released_layout_needs_the_argument_of_the_layers(tmp_path, run):
     source, converted = tmp_path / 'source.pth', tmp_path / 'converted.pth'
     torch.save({'state_dict': network(UBN).state_dict()}, source)
-    result = tool(TOOL, source, converted, '--to', 'ubn-released')
-    assert result.returncode == 2
-    assert 'error: nothing was written: 1.bias of a UBN has no exact equal in a released UBN' in result.stdout
+    status, output = run(source, converted, '--to', 'ubn-released')
+    assert status == 2
+    assert 'error: nothing was written: 1.bias of UBN has no exact equal in the layout of released UBN' in output
     assert not converted.exists()
-    result = tool(TOOL, source, converted, '--to', 'ubn-released', '--calibrate-bias')
-    assert result.returncode == 0, result.stdout
+    status, output = run(source, converted, '--to', 'ubn-released', '--calibrate-bias')
+    assert status == 0, output
     assert torch.load(converted)['state_dict']['1.bnconv.weight'].shape == (8, 1, 3, 3)
 
 
@@ -107,7 +149,8 @@ def test_refuses_with_one_line(tmp_path, run):
         assert not dst.exists()
 
     for content, message in [
-        ({'state_dict': network(UBN).state_dict()}, '1.center_weight of a UBN: expected zeros'),
+        ({'state_dict': network(UBN).state_dict()}, '1.center_weight of UBN: expected zeros'),
+        ({'state_dict': network(IEBN).state_dict()}, '1.scale_weight of IEBN: expected zeros'),
         ({'state_dict': {'weight': torch.ones(1)}}, 'no norm layer with running statistics'),
         ({'state_dict': {'bn.running_mean': torch.ones(1)}}, 'bn.running_var is missing'),
         ({'epoch': 3}, 'no state dict'),

@@ -1,13 +1,17 @@
 """Convert the norm layers of a checkpoint to another state-dict layout of exactly the same function.
 
 Every layer with running statistics is converted, from the layout that its keys say it has; the rest of the file stays
-as it is. Where a layer has no exact equal in the new layout, the tool says which and why, and writes nothing. To start
-UBN from a checkpoint of another norm, nothing has to be converted: UBN reads all of these. See docs/checkpoints.md.
+as it is. Where a layer has no exact equal in the new layout, the tool says which and why, and writes nothing. To load a
+checkpoint of BatchNorm, or of the authors' code, into a norm type of mmubn, nothing has to be converted: the layers
+read these. See docs/checkpoints.md.
+
+A layout is named as the norm type of mmubn that has it, or, with -released, as that of the authors' code.
 
 Examples:
 
     python tools/model_converters/convert_norm.py released_ubn.pth ubn.pth --to ubn --calibrate-bias
     python tools/model_converters/convert_norm.py epoch_12.pth released.pth --to ubn-released --calibrate-bias
+    python tools/model_converters/convert_norm.py resnet50.pth resnet50_iebn.pth --to iebn-released
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from pickle import UnpicklingError
 import torch
 
 import mmubn  # noqa: F401 - lets torch.load read MMEngine's checkpoints
-from mmubn.checkpoints import LAYOUTS, convert_state_dict, is_state_dict
+from mmubn.checkpoints import LAYOUTS, CheckpointError, convert_state_dict, is_state_dict
 from mmubn.engine import UsageError, check_file, run_tool
 
 # Where MMEngine and torchvision keep state dicts in a checkpoint, those of averaged models included.
@@ -27,9 +31,11 @@ STATE_DICT_KEYS = ('state_dict', 'ema_state_dict', 'model', 'model_ema')
 
 
 def parse_args() -> argparse.Namespace:
-    summary, details, examples = __doc__.split('\n\n', 2)
+    description, examples = __doc__.split('\n\nExamples:')
     parser = argparse.ArgumentParser(
-        description=f'{summary}\n\n{details}', epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        epilog=f'Examples:{examples}',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('src', type=Path, help='checkpoint file to read')
     parser.add_argument('dst', type=Path, help='checkpoint file to write')
@@ -64,7 +70,7 @@ def convert(checkpoint: dict, to: str, calibrate_bias: bool) -> dict:
     for key, state_dict in parts.items():
         try:
             converted[key], counts = convert_state_dict(state_dict, to, calibrate_bias)
-        except ValueError as error:
+        except CheckpointError as error:
             raise UsageError(f'nothing was written: {error}') from error
         if not counts:
             raise UsageError(f'nothing was written: {key} has no norm layer with running statistics.')
