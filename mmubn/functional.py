@@ -31,10 +31,10 @@ __all__ = [
     'is_condensed',
     'mean_cosine_similarity',
     'normalize',
+    'select_statistics',
     'similarity_sums',
     'statistics_dtype',
     'update_running_similarity',
-    'update_running_statistics',
     'without_autocast',
 ]
 
@@ -173,37 +173,41 @@ def batch_statistics(a: Tensor, v: Tensor, center_weight: Tensor | None) -> tupl
     return mean, v.mean(0) + (centred - mean).square().mean(0)
 
 
-def update_running_statistics(
-    running: tuple[Tensor, Tensor],
+def select_statistics(
     batch: tuple[Tensor, Tensor],
+    running: tuple[Tensor, Tensor],
     condensed: Tensor,
     momentum: float | Tensor,
     count: int | Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Running mean and variance after one batch, as in ``nn.BatchNorm2d`` while the features are condensed.
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The statistics that normalise a training batch, and what becomes of the running ones.
 
+    While the features are condensed, the batch's normalise and the running ones move as in ``nn.BatchNorm2d``,
     ``running <- (1 - m) running + m batch``, with the unbiased batch variance, ``count / (count - 1) var_B``.
-    A channel whose batch statistics are not finite in the dtype of the running ones keeps what it has, so that one bad
-    batch does not stay for good.
+    Otherwise the running ones normalise and stay. A channel whose batch statistics are not finite keeps its running
+    ones, so that one bad batch does not stay for good.
 
     Args:
-        running: ``(running_mean, running_var)``, each (C,).
         batch: ``(mu_B, var_B)`` of :func:`batch_statistics`, each (C,).
-        condensed: From :func:`is_condensed`. Where it is False, nothing moves.
+        running: ``(running_mean, running_var)``, each (C,).
+        condensed: From :func:`is_condensed`.
         momentum: m.
         count: Values per channel, N * H * W; 0-d where it is known on the device alone.
 
     Returns:
-        The new ``(running_mean, running_var)``, without gradient.
+        ``(mu, var)``, and the new ``(running_mean, running_var)``, which have no gradient.
+
+    Source: the paper, Eqs. 2 and 3.
     """
+    selected = tuple(torch.where(condensed, new, old.to(new.dtype)) for new, old in zip(batch, running, strict=True))
     mean, var = (t.detach() for t in batch)
+    moves = _is_finite(mean) & _is_finite(var) & condensed
     unbiased = var * (count / (count - 1 + (count <= 1)))
-    new_mean, new_var = (new.to(old.dtype) for old, new in zip(running, (mean, unbiased), strict=True))
-    moves = _is_finite(new_mean) & _is_finite(new_var) & condensed
-    return tuple(
-        torch.where(moves, torch.lerp(old, new, momentum), old)
-        for old, new in zip(running, (new_mean, new_var), strict=True)
+    moved = tuple(
+        torch.where(moves, torch.lerp(old, new.to(old.dtype), momentum), old)
+        for old, new in zip(running, (mean, unbiased), strict=True)
     )
+    return selected, moved
 
 
 def _is_finite(x: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -32,23 +31,61 @@ class Backend(NamedTuple):
     instance_means: Callable[[Tensor], Tensor]
     instance_moments: Callable[[Tensor], tuple[Tensor, Tensor]]
     similarity_sums: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, int]]
+    similarity_gate: Callable[..., tuple[Tensor, Tensor]]
+    statistics: Callable[..., tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]
     rectified_norm: Callable[[Tensor, Statistics, Form, Parameters], Tensor]
 
 
-def _analytic(name: str, ops: ModuleType) -> Backend:
-    moments = ops.instance_means, ops.instance_moments, ops.similarity_sums
-    return Backend(name, *moments, functools.partial(rectified_norm, ops))
+def _reference_means(x: Tensor) -> Tensor:
+    return x.to(F.statistics_dtype(x)).mean((2, 3))
+
+
+def _reference_sums(x: Tensor, a: Tensor, v: Tensor, max_samples: int) -> tuple[Tensor, int]:
+    return F.similarity_sums(x, max_samples)
+
+
+def _gate_by(similarity_sums: Callable[..., tuple[Tensor, int]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def similarity_gate(
+        x: Tensor, a: Tensor, v: Tensor, max_samples: int, tau: Tensor, momentum: float, threshold: float
+    ) -> tuple[Tensor, Tensor]:
+        total, pairs = similarity_sums(x, a, v, max_samples)
+        tau = F.update_running_similarity(tau, total / pairs, momentum)
+        return tau, F.is_condensed(tau, threshold)
+
+    return similarity_gate
+
+
+def _statistics(
+    a: Tensor,
+    v: Tensor,
+    center_weight: Tensor | None,
+    running: tuple[Tensor, Tensor],
+    condensed: Tensor,
+    momentum: float | Tensor,
+    count: int,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return F.select_statistics(F.batch_statistics(a, v, center_weight), running, condensed, momentum, count)
 
 
 BACKENDS = {
     'reference': Backend(
         'reference',
-        lambda x: x.to(F.statistics_dtype(x)).mean((2, 3)),
+        _reference_means,
         F.instance_moments,
-        lambda x, a, v, max_samples: F.similarity_sums(x, max_samples),
+        _reference_sums,
+        _gate_by(_reference_sums),
+        _statistics,
         reference,
     ),
-    'torch': _analytic('torch', torch_ops),
+    'torch': Backend(
+        'torch',
+        torch_ops.instance_means,
+        torch_ops.instance_moments,
+        torch_ops.similarity_sums,
+        _gate_by(torch_ops.similarity_sums),
+        _statistics,
+        functools.partial(rectified_norm, torch_ops),
+    ),
 }
 _forced: ContextVar[str | None] = ContextVar('_forced', default=None)
 

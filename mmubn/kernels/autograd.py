@@ -11,7 +11,25 @@ from torch import distributed as dist
 
 from mmubn import functional as F
 
-__all__ = ['Form', 'Parameters', 'RectifiedNorm', 'Statistics', 'coefficients_backward', 'rectified_norm', 'reference']
+__all__ = [
+    'Form',
+    'Parameters',
+    'RectifiedNorm',
+    'Statistics',
+    'coefficients',
+    'coefficients_backward',
+    'rectified_norm',
+    'reference',
+]
+    'Form',
+    'Parameters',
+    'RectifiedNorm',
+    'Statistics',
+    'coefficients',
+    'coefficients_backward',
+    'rectified_norm',
+    'reference',
+]
 
 
 class Form(NamedTuple):
@@ -29,10 +47,9 @@ class Statistics(NamedTuple):
     v: Tensor | None  # instance variances, (N, C)
     mean: Tensor  # (C,)
     var: Tensor  # (C,)
-    # In training, the share of each sample in mean and var: mean = sum_n share (1 + w_m) a. 0-d; 0 where the running
-    # statistics normalise. None in evaluation.
-    share: Tensor | None
-    synchronized: bool = False  # whether mean and var are of all processes
+    condensed: Tensor | None = None  # in training, whether mean and var are the batch's and depend on x; 0-d bool
+    count: int | Tensor = 0  # values per channel of the batch that they are of
+    synchronized: bool = False  # whether that batch is of all processes
 
 
 class Parameters(NamedTuple):
@@ -51,67 +68,59 @@ def reference(x: Tensor, statistics: Statistics, form: Form, parameters: Paramet
     p = parameters
     a = v = None
     mean, var = statistics.mean, statistics.var
-    if statistics.share is not None:
+    if statistics.condensed is not None:
         a, v = F.instance_moments(x)
         batch = F.batch_statistics(a, v, p.center_weight)
-        condensed = statistics.share > 0
-        mean, var = (torch.where(condensed, new, old) for new, old in zip(batch, (mean, var), strict=True))
+        mean, var = (torch.where(statistics.condensed, new, old) for new, old in zip(batch, (mean, var), strict=True))
     elif form.scaling == 'unitized':
         a, v = F.instance_moments(x)
     elif p.center_weight is not None or form.scaling is not None:
         a = x.to(F.statistics_dtype(x)).mean((2, 3))
-    size = x.shape[2] * x.shape[3]
-    center, scale, r = F.coefficients(
-        a, v, (mean, var), form.eps, size, form.scaling, p.center_weight, p.scale_weight, p.scale_bias
-    )
+    statistics = statistics._replace(a=a, v=v, mean=mean, var=var)
+    center, scale, r = coefficients(statistics, form, p, x.shape[2] * x.shape[3])
     bias = r * p.bias if form.calibrate_bias else p.bias
     return F.affine(F.normalize(x, center, scale), p.weight, bias, p.neighbor_weight).to(x.dtype)
 
 
 def rectified_norm(ops: ModuleType, x: Tensor, statistics: Statistics, form: Form, parameters: Parameters) -> Tensor:
-    """:func:`reference`, with the passes over x by ``ops`` and a backward written by hand."""
+    """:func:`reference` by the functions of ``ops``, with a backward written by hand."""
     if not torch.is_grad_enabled():
         return _forward(ops, x, statistics, form, parameters)[0]
-    return RectifiedNorm.apply(ops, form, statistics.synchronized, x, *statistics[:5], *parameters)
+    return RectifiedNorm.apply(ops, form, statistics[5:], x, *statistics[:5], *parameters)
 
 
 def _forward(
     ops: ModuleType, x: Tensor, statistics: Statistics, form: Form, p: Parameters
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """The output, and what the backward needs: center, scale, r and the kernel."""
-    a, v, mean, var = statistics[:4]
-    size = x.shape[2] * x.shape[3]
-    center, scale, r = F.coefficients(
-        a, v, (mean, var), form.eps, size, form.scaling, p.center_weight, p.scale_weight, p.scale_bias
-    )
-    kernel = F.depthwise_kernel(p.weight, p.neighbor_weight).to(scale.dtype)
+    """The output, and what the backward needs: kernel, center, scale and r."""
+    kernel = F.depthwise_kernel(p.weight, p.neighbor_weight).to(statistics.mean.dtype)
     if x.numel() == 0:
-        y = torch.empty_like(x)
-    else:
-        bias = r * p.bias if form.calibrate_bias else p.bias
-        y = ops.apply(x, center, scale, kernel, bias).to(x.dtype)
-    return y, (center, scale, r, kernel)
+        empty = x.new_empty((0, kernel.shape[0]), dtype=kernel.dtype)
+        return torch.empty_like(x), (kernel, empty, empty, empty if form.scaling else None)
+    center, scale, r = ops.coefficients(statistics, form, p, x.shape[2] * x.shape[3])
+    bias = r * p.bias if form.calibrate_bias else p.bias
+    return ops.apply(x, center, scale, kernel, bias).to(x.dtype), (kernel, center, scale, r)
 
 
 class RectifiedNorm(torch.autograd.Function):
     """What :func:`rectified_norm` applies. Saves x and O(N C) numbers. A second derivative is the reference's."""
 
     @staticmethod
-    def forward(ctx, ops: ModuleType, form: Form, synchronized: bool, x: Tensor, *tensors: Tensor | None) -> Tensor:
-        y, saved = _forward(ops, x, Statistics(*tensors[:5]), form, Parameters(*tensors[5:]))
-        ctx.ops, ctx.form, ctx.synchronized = ops, form, synchronized
+    def forward(ctx, ops: ModuleType, form: Form, batch: tuple, x: Tensor, *tensors: Tensor | None) -> Tensor:
+        y, saved = _forward(ops, x, Statistics(*tensors[:5], *batch), form, Parameters(*tensors[5:]))
+        ctx.ops, ctx.form, ctx.batch = ops, form, batch
         ctx.save_for_backward(x, *tensors, *saved)
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, *tensors, center, scale, r, kernel = ctx.saved_tensors
-        statistics, p = Statistics(*tensors[:5], ctx.synchronized), Parameters(*tensors[5:])
+        x, *tensors, kernel, center, scale, r = ctx.saved_tensors
+        statistics, p = Statistics(*tensors[:5], *ctx.batch), Parameters(*tensors[5:])
         with F.without_autocast(dy.device.type):
             if torch.is_grad_enabled():
                 grads = _differentiable_backward(ctx, dy, x, statistics, p)
             else:
-                grads = _backward(ctx, dy, x, statistics, p, center, scale, r, kernel)
+                grads = _backward(ctx, dy, x, statistics, p, kernel, center, scale, r)
         return None, None, None, grads[0], *[None] * 5, *grads[1:]
 
 
@@ -121,26 +130,31 @@ def _backward(
     x: Tensor,
     statistics: Statistics,
     p: Parameters,
+    kernel: Tensor,
     center: Tensor,
     scale: Tensor,
     r: Tensor | None,
-    kernel: Tensor,
 ) -> list[Tensor | None]:
-    ops, dtype = ctx.ops, scale.dtype
-    if x.numel() == 0:
-        g = s = x.new_zeros((0, kernel.shape[0], kernel[0].numel()), dtype=dtype)
-    else:
-        dy = dy.to(dtype).contiguous(memory_format=ops.memory_format(x))
-        g, s, u = ops.tap_sums(dy, x, center, kernel.shape[-1])
     size = x.shape[2] * x.shape[3]
-    slope, offset, grads = coefficients_backward(g, s, statistics, ctx.form, p, kernel, center, scale, r, size)
     if x.numel() == 0:
-        dx = torch.zeros_like(x)
-    elif ctx.needs_input_grad[3]:
-        dx = ops.input_gradient(dy, u, scale, kernel, slope, offset).to(x.dtype)
-    else:
-        dx = None
+        g = s = scale.new_zeros((0, kernel.shape[0], kernel[0].numel()))
+        grads = coefficients_backward(g, s, statistics, ctx.form, p, kernel, center, scale, r, size)[2]
+        return [torch.zeros_like(x), *grads]
+    ops = ctx.ops
+    g, s, u = ops.tap_sums(dy, x, center, kernel.shape[-1])
+    slope, offset, grads = ops.coefficients_backward(g, s, statistics, ctx.form, p, kernel, center, scale, r, size)
+    dx = None
+    if ctx.needs_input_grad[3]:
+        dx = ops.input_gradient(dy, x, u, statistics.a, center, scale, kernel, slope, offset).to(x.dtype)
     return [dx, *grads]
+
+
+def coefficients(statistics: Statistics, form: Form, p: Parameters, size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`mmubn.functional.coefficients` of what a layer has; size is H * W."""
+    a, v, mean, var = statistics[:4]
+    return F.coefficients(
+        a, v, (mean, var), form.eps, size, form.scaling, p.center_weight, p.scale_weight, p.scale_bias
+    )
 
 
 def coefficients_backward(
@@ -154,7 +168,7 @@ def coefficients_backward(
     scale: Tensor,
     r: Tensor | None,
     size: int,
-) -> tuple[Tensor | None, Tensor, Parameters]:
+) -> tuple[Tensor | None, Tensor | None, Parameters]:
     """From the sums over H and W to the gradients of the parameters, and to what is left to do for each value of x.
 
     Args:
@@ -165,10 +179,10 @@ def coefficients_backward(
         size: H * W.
 
     Returns:
-        ``(slope, offset, gradients)`` with
-        ``dx = scale conv(dy; kernel turned) + slope (x - center) + offset``; slope None is 0.
+        ``(slope, offset, gradients)`` with ``dx = scale conv(dy; kernel turned) + slope (x - a) + offset``, slope and
+        offset (N, C), None for 0.
     """
-    a, v, mean, var, share, synchronized = statistics
+    a, v, mean, var = statistics[:4]
     inv_std = torch.rsqrt(var + form.eps)
     taps = kernel.flatten(1)
     d_taps = (scale[..., None] * g).sum(0)
@@ -209,13 +223,14 @@ def coefficients_backward(
         d_a = d_a - p.center_weight * d_center if d_a is not None else -p.center_weight * d_center
 
     # mean = sum_n share m and var = sum_n share (v + (m - mean)^2), with m = (1 + w_m) a
-    if share is not None:
+    if statistics.condensed is not None:
         d_var = -0.5 * d_inv_std * inv_std**3
-        if synchronized:
+        if statistics.synchronized:
             both = torch.stack([d_mean, d_var])
             dist.all_reduce(both)
             d_mean, d_var = both
-        gain = 1 if p.center_weight is None else 1 + p.center_weight.to(a.dtype)
+        share = statistics.condensed.to(a.dtype) * size / statistics.count
+        gain = 1 if p.center_weight is None else 1 + p.center_weight
         d_m = share * (d_mean + 2 * d_var * (gain * a - mean))
         if p.center_weight is not None:
             d_center_weight = d_center_weight + (d_m * a).sum(0)
@@ -224,9 +239,7 @@ def coefficients_backward(
 
     # a and v are means over H and W: the gradient of x gets d_a / HW + 2 d_v (x - a) / HW.
     slope = None if d_v is None else 2 / size * d_v
-    offset = torch.zeros_like(g[..., 0]) if d_a is None else d_a / size
-    if slope is not None:
-        offset = offset + slope * (center - a)
+    offset = None if d_a is None else d_a / size
 
     centre = taps.shape[1] // 2
     d_neighbors = None

@@ -17,9 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmubn.functional import statistics_dtype
+from mmubn.kernels.autograd import coefficients, coefficients_backward
 
 __all__ = [
     'apply',
+    'coefficients',
+    'coefficients_backward',
     'dense',
     'input_gradient',
     'instance_means',
@@ -111,6 +114,7 @@ def tap_sums(dy: Tensor, x: Tensor, center: Tensor, size: int) -> tuple[Tensor, 
         ``(G, S, x - center)``.
     """
     u = dense(x) - center[..., None, None]
+    dy = _like(dy, u)
     n, c, h, w = u.shape
     if size == 1:
         return (u * dy).sum((2, 3))[..., None], dy.sum((2, 3))[..., None], u
@@ -121,10 +125,32 @@ def tap_sums(dy: Tensor, x: Tensor, center: Tensor, size: int) -> tuple[Tensor, 
     return g, _window_sums(dy, size), u
 
 
-def input_gradient(dy: Tensor, u: Tensor, scale: Tensor, kernel: Tensor, slope: Tensor | None, bias: Tensor) -> Tensor:
-    """``scale depthwise_conv(dy; kernel turned by half a turn) + slope u + bias``; slope None is 0."""
-    dx = _scaled_conv(dy, scale, kernel.flip(2, 3), bias)
-    return dx if slope is None else dx.addcmul_(u, slope[..., None, None])
+def input_gradient(
+    dy: Tensor,
+    x: Tensor,
+    u: Tensor,
+    a: Tensor | None,
+    center: Tensor,
+    scale: Tensor,
+    kernel: Tensor,
+    slope: Tensor | None,
+    offset: Tensor | None,
+) -> Tensor:
+    """``scale depthwise_conv(dy; kernel turned by half a turn) + slope (x - a) + offset``; slope, offset None are 0.
+
+    ``u`` is the ``x - center`` of :func:`tap_sums`: x - a = u + (center - a).
+    """
+    dy = _like(dy, u)
+    bias = dy.new_zeros(dy.shape[:2]) if offset is None else offset
+    if slope is None:
+        return _scaled_conv(dy, scale, kernel.flip(2, 3), bias)
+    dx = _scaled_conv(dy, scale, kernel.flip(2, 3), bias + slope * (center - a))
+    return dx.addcmul_(u, slope[..., None, None])
+
+
+def _like(dy: Tensor, u: Tensor) -> Tensor:
+    """dy in dtype and memory format of u."""
+    return dy.to(u.dtype).contiguous(memory_format=memory_format(u))
 
 
 def _scaled_conv(u: Tensor, scale: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:

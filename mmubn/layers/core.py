@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from numbers import Integral, Real
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +18,7 @@ from mmubn.guards import UnfoldableEps
 from mmubn.kernels import Form, Parameters, Statistics
 from mmubn.layers.recomputation import Call, RecentCalls
 
-__all__ = ['Evidence', 'UnifiedNorm', 'is_int', 'is_number', 'require']
-
-
-class Evidence(NamedTuple):
-    """What a training batch says, on all processes that take part."""
-
-    statistics: tuple[Tensor, Tensor]  # mean and biased variance of the centred input, each (C,)
-    count: int | Tensor  # values per channel
-    similarity: Tensor | None  # mean cosine similarity, 0-d; None where the gate does not ask
+__all__ = ['UnifiedNorm', 'is_int', 'is_number', 'require']
 
 
 class UnifiedNorm(_BatchNorm):
@@ -39,7 +31,7 @@ class UnifiedNorm(_BatchNorm):
     ``scaling`` names (:func:`mmubn.functional.coefficients`), and mu, sigma the batch's statistics in training, where
     no gate says otherwise, and the running ones in evaluation.
 
-    A subclass calls this constructor and may override :meth:`_gate_acts`, :meth:`_evidence` or ``input_dims``. It names
+    A subclass calls this constructor and may override :meth:`_gate`, :meth:`_decide` or ``input_dims``. It names
     ``_BatchNorm`` among its bases once more: MMEngine's initialisers know a norm by its direct bases alone.
 
     Args:
@@ -168,54 +160,45 @@ class UnifiedNorm(_BatchNorm):
         dtype = F.statistics_dtype(x)
         # Copies: an update of the buffers by a later call must not change what this call's backward reads.
         mean, var = (buffer.to(dtype, copy=with_copies) for buffer in (self.running_mean, self.running_var))
-        return Statistics(a, v, mean, var, share=None)
+        return Statistics(a, v, mean, var)
 
     def _training_statistics(self, x: Tensor, backend: kernels.Backend) -> Statistics:
         """The statistics that normalise a training batch. Moves the buffers, in place, without a host decision."""
         a, v = backend.instance_moments(x)
         call = self._calls.recomputed(a)
         if call is None:
-            evidence = self._evidence(x, a, v, backend)
-            condensed = self._gate(evidence.similarity)
-            mean, var = (
-                torch.where(condensed, new, old.to(a.dtype))
-                for new, old in zip(evidence.statistics, (self.running_mean, self.running_var), strict=True)
-            )
-            self._update(evidence, condensed)
-            share = condensed.to(a.dtype) * (x.shape[2] * x.shape[3]) / evidence.count
-            call = Call(a, mean, var, share)
+            call = Call(a, *self._decide(x, a, v, backend))
             self._calls.record(call)
-        return Statistics(a, v, call.mean, call.var, call.share, self._synchronizes())
+        return Statistics(a, v, *call[1:], self._synchronizes())
 
-    def _evidence(self, x: Tensor, a: Tensor, v: Tensor, backend: kernels.Backend) -> Evidence:
-        similarity = None
-        if self._gate_acts():
-            total, pairs = backend.similarity_sums(x, a, v, self.similarity_samples)
-            similarity = total / pairs
-        return Evidence(F.batch_statistics(a, v, self.center_weight), x.numel() // self.num_features, similarity)
+    def _decide(
+        self, x: Tensor, a: Tensor, v: Tensor, backend: kernels.Backend
+    ) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:
+        """Mean and variance that normalise, whether they are the batch's, and the batch's values per channel."""
+        condensed = self._gate(x, a, v, backend)
+        count = x.numel() // self.num_features
+        selected, moved = backend.statistics(
+            a, v, self.center_weight, (self.running_mean, self.running_var), condensed, self._momentum(condensed), count
+        )
+        self._move(moved)
+        return *selected, condensed, count
+
+    def _gate(self, x: Tensor, a: Tensor, v: Tensor, backend: kernels.Backend) -> Tensor:
+        """Whether the features are condensed, so that the batch's own statistics are used: 0-d bool."""
+        return torch.ones((), dtype=torch.bool, device=x.device)
+
+    def _momentum(self, condensed: Tensor) -> float | Tensor:
+        """Counts the batch; as in BatchNorm, momentum None is the plain average over all batches tracked."""
+        self.num_batches_tracked.add_(condensed)
+        return self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.to(self.running_var.dtype)
+
+    def _move(self, moved: tuple[Tensor, Tensor]) -> None:
+        for buffer, new in zip((self.running_mean, self.running_var), moved, strict=True):
+            buffer.copy_(new)
 
     def _synchronizes(self) -> bool:
         """Whether the batch is that of several processes."""
         return False
-
-    def _gate_acts(self) -> bool:
-        """Whether the similarity decides which statistics normalise."""
-        return False
-
-    def _gate(self, similarity: Tensor | None) -> Tensor:
-        """Moves the running similarity and says whether the batch's own statistics are used, 0-d bool."""
-        return torch.ones((), dtype=torch.bool, device=self.running_mean.device)
-
-    def _update(self, evidence: Evidence, condensed: Tensor) -> None:
-        self.num_batches_tracked.add_(condensed)
-        # As in BatchNorm, momentum None is the plain average over all batches tracked.
-        momentum = (
-            self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.to(self.running_var.dtype)
-        )
-        running = self.running_mean, self.running_var
-        updated = F.update_running_statistics(running, evidence.statistics, condensed, momentum, evidence.count)
-        for buffer, new in zip(running, updated, strict=True):
-            buffer.copy_(new)
 
     def _check_input(self, x: Tensor) -> None:
         name, channels = type(self).__name__, self.num_features

@@ -17,7 +17,8 @@ class Call(NamedTuple):
     a: Tensor  # instance means of its input, (N, C)
     mean: Tensor  # the statistics that normalised, (C,)
     var: Tensor
-    share: Tensor  # of each sample in them, 0-d; 0 where they were the running ones
+    condensed: Tensor  # whether they were the batch's, 0-d bool
+    count: int | Tensor  # values per channel of the batch
 
 
 class RecentCalls:
@@ -50,4 +51,7 @@ class RecentCalls:
             return calls[0] if calls else None
         distance = torch.stack([(call.a - a).abs().sum() for call in calls])
         which = distance.argmin()
-        return Call(a, *(torch.stack(values)[which] for values in list(zip(*calls, strict=True))[1:]))
+        mean, var, condensed = (torch.stack(values)[which] for values in list(zip(*calls, strict=True))[1:4])
+        counts = [call.count for call in calls]
+        count = torch.stack(counts)[which] if isinstance(counts[0], Tensor) else counts[0]  # of one shape, one count
+        return Call(a, mean, var, condensed, count)

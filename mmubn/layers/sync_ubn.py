@@ -9,7 +9,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmubn import functional as F
 from mmubn.kernels import Backend
-from mmubn.layers.core import Evidence
 from mmubn.layers.ubn import UBN
 
 __all__ = ['SyncUBN']
@@ -39,9 +38,9 @@ class SyncUBN(UBN, _BatchNorm):
     def _synchronizes(self) -> bool:
         return self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
-    def _evidence(self, x: Tensor, a: Tensor, v: Tensor, backend: Backend) -> Evidence:
+    def _decide(self, x: Tensor, a: Tensor, v: Tensor, backend: Backend) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:
         if not self._synchronizes():
-            return super()._evidence(x, a, v, backend)
+            return super()._decide(x, a, v, backend)
         count, pairs, statistics = a.new_zeros(1), a.new_zeros(2), a.new_zeros(2, self.num_features)
         if x.numel() > 0:  # a process without samples adds nothing, but the others wait for it
             count.fill_(x.numel() // self.num_features)
@@ -55,9 +54,18 @@ class SyncUBN(UBN, _BatchNorm):
         share = counts / counts.sum().clamp_min(1)
         means, variances = gathered[:, 3:].chunk(2, dim=1)
         mean = share @ means
-        var = share @ (variances + (means - mean).square())
-        similarity = totals.sum() / pairs.sum() if self._gate_acts() else None
-        return Evidence((mean, var), counts.sum(), similarity)
+        batch = mean, share @ (variances + (means - mean).square())
+
+        tau, threshold = self.running_similarity, None
+        if self._gate_acts():
+            threshold = self.threshold
+            tau = F.update_running_similarity(tau, totals.sum() / pairs.sum(), self.similarity_momentum)
+            self._move_similarity(tau)
+        condensed = F.is_condensed(tau, threshold)
+        running = self.running_mean, self.running_var
+        selected, moved = F.select_statistics(batch, running, condensed, self._momentum(condensed), counts.sum())
+        self._move(moved)
+        return *selected, condensed, counts.sum()
 
 
 def _all_gather(vector: Tensor) -> Tensor:

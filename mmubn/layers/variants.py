@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from mmubn.layers.core import UnifiedNorm
 
 __all__ = ['BNET', 'IEBN', 'RBN', 'UnitizedBN']
 
 
-class RBN(UnifiedNorm):
+class RBN(UnifiedNorm, _BatchNorm):
     r"""Representative Batch Normalization: BatchNorm with centering and scaling calibrated per image.
 
     .. math::
@@ -36,7 +38,7 @@ class RBN(UnifiedNorm):
         super().__init__(num_features, eps, momentum, centering=True, scaling='rectified')
 
 
-class BNET(UnifiedNorm):
+class BNET(UnifiedNorm, _BatchNorm):
     r"""BatchNorm whose affine step is a depthwise convolution.
 
     .. math::
@@ -61,7 +63,7 @@ class BNET(UnifiedNorm):
         super().__init__(num_features, eps, momentum, kernel_size=kernel_size)
 
 
-class IEBN(UnifiedNorm):
+class IEBN(UnifiedNorm, _BatchNorm):
     r"""Instance Enhancement Batch Normalization: BatchNorm times a factor of the image's own channel mean.
 
     .. math::
@@ -87,7 +89,7 @@ class IEBN(UnifiedNorm):
         super().__init__(num_features, eps, momentum, scaling='instance')
 
 
-class UnitizedBN(UnifiedNorm):
+class UnitizedBN(UnifiedNorm, _BatchNorm):
     r"""BatchNorm whose output moves, channel by channel, towards that of samples of unit length.
 
     .. math::
