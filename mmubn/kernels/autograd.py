@@ -21,15 +21,6 @@ __all__ = [
     'rectified_norm',
     'reference',
 ]
-    'Form',
-    'Parameters',
-    'RectifiedNorm',
-    'Statistics',
-    'coefficients',
-    'coefficients_backward',
-    'rectified_norm',
-    'reference',
-]
 
 
 class Form(NamedTuple):
