@@ -20,6 +20,8 @@ __all__ = ['BNET', 'IEBN', 'RBN', 'UBN', 'FoldedUBN', 'SyncUBN', 'UnitizedBN', '
 if _HAS_MMENGINE:
     from mmengine.registry import MODELS
 
+    import mmubn.pretrained  # noqa: F401 - init_cfg.strict
+
     # In the root registry: mmcv looks a norm up in the scope it is called from and in its parents, never in a sibling.
     for norm in (UBN, SyncUBN, RBN, BNET, IEBN, UnitizedBN):
         MODELS.register_module(name=norm.__name__, module=norm)

@@ -2,6 +2,8 @@ _base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '../_base_/imagen
 model = dict(
     backbone=dict(
         norm_cfg=dict(type='BN'),
-        init_cfg=dict(prefix='backbone.', checkpoint=f'{_base_.imagenet_checkpoints}/resnet50-bn_in1k.pth'),
+        init_cfg=dict(
+            prefix='backbone.', strict=True, checkpoint=f'{_base_.imagenet_checkpoints}/resnet50-bn_in1k.pth'
+        ),
     )
 )

@@ -1,0 +1,73 @@
+"""model-index.yml and the metafiles: every config, once, and no number that its folder's README does not have."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from modelindex.load_model_index import load
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted(path for path in (ROOT / 'configs').glob('*/*.py') if path.parent.name != '_base_')
+METAFILES = sorted((ROOT / 'configs').glob('*/metafile.yml'))
+MODELS = [(path, model) for path in METAFILES for model in yaml.safe_load(path.read_text())['Models']]
+
+
+def test_every_config_is_listed_once_and_every_listed_config_exists():
+    listed = Counter(model['Config'] for _, model in MODELS)
+    assert listed == Counter(str(path.relative_to(ROOT)) for path in CONFIGS)
+
+
+def test_every_metafile_is_imported_and_every_folder_has_one():
+    imported = yaml.safe_load((ROOT / 'model-index.yml').read_text())['Import']
+    assert imported == [str(path.relative_to(ROOT)) for path in METAFILES]
+    assert {path.parent for path in METAFILES} == {path.parent for path in CONFIGS}
+
+
+def test_openmmlab_s_reader_reads_it():
+    """The package through which mim and others read a model index."""
+    index = load(str(ROOT / 'model-index.yml'))
+    index.build_models_with_collections()
+    assert {model.config for model in index.models} == {str(path.relative_to(ROOT)) for path in CONFIGS}
+    # It looks for READMEs beside the metafile; OpenMMLab's own repositories name them from the root, as here.
+    assert all('Path to README' in error for error in index.check(silent=True))
+
+
+@pytest.mark.parametrize('metafile', METAFILES, ids=lambda path: path.parent.name)
+def test_one_collection_per_folder(metafile):
+    content = yaml.safe_load(metafile.read_text())
+    (collection,) = content['Collections']
+    assert (ROOT / collection['README']).parent == metafile.parent
+    for model in content['Models']:
+        assert model['In Collection'] == collection['Name']
+        assert Path(model['Config']).stem == model['Name']
+        assert (ROOT / model['Config']).parent == metafile.parent
+
+
+@pytest.mark.parametrize(('metafile', 'model'), MODELS, ids=[model['Name'] for _, model in MODELS])
+def test_numbers_are_those_of_the_readme(metafile, model):
+    """What the paper reports is under Reported, what was measured under Results, and nothing else is anywhere."""
+    rows = readme_rows(metafile, model)
+    assert rows
+    found = [values(cells) for cells in rows]
+    assert any(found) is ('Reported' in model)
+    for reported in model.get('Reported', ()):
+        assert re.match(r'Table [2-6]\b', reported['Row'])
+        assert any(contains(line, list(reported['Metrics'].values())) for line in found), reported['Row']
+    not_run = any('not run' in cell for cells in rows for cell in cells)
+    assert not_run is ('Results' not in model)
+
+
+def readme_rows(metafile, model):
+    """The rows, as lists of cells, that the tables in the folder's README have for the model's config."""
+    lines = (metafile.parent / 'README.md').read_text().splitlines()
+    return [line.strip('|').split('|') for line in lines if line.startswith('|') and f'[{model["Name"]}.py]' in line]
+
+
+def values(cells):
+    return [float(cell) for cell in cells if re.fullmatch(r'\s*\d+(\.\d+)?\s*', cell)]
+
+
+def contains(line, part):
+    return any(line[start : start + len(part)] == part for start in range(len(line)))

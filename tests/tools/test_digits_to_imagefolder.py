@@ -1,0 +1,123 @@
+"""The digits as a folder per class, laid out like ImageNet."""
+
+import hashlib
+import json
+import runpy
+import sys
+
+import numpy as np
+import pytest
+from cli import ROOT
+from mmpretrain.datasets import ImageNet
+from PIL import Image
+from sklearn.datasets import load_digits
+
+TOOLS = ROOT / 'tools' / 'dataset_converters'
+
+
+def make(folder, *arguments, tool='digits_to_imagefolder.py'):
+    """Run a tool in this process, which has the imports already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', [tool, str(folder), *arguments])
+        runpy.run_path(str(TOOLS / tool), run_name='__main__')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return make(tmp_path_factory.mktemp('data') / 'digits')
+
+
+def indices(folder, split):
+    return {int(path.stem): int(path.parent.name) for path in (folder / split).glob('*/*.png')}
+
+
+def fingerprint(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob('*')
+        if path.is_file()
+    }
+
+
+def test_every_digit_is_there_once_with_its_label(folder):
+    train, val = indices(folder, 'train'), indices(folder, 'val')
+    assert not train.keys() & val.keys()
+    assert len(val) == 449
+    assert train | val == dict(enumerate(load_digits().target))
+
+
+def test_val_digits_are_those_of_the_detection_set(folder, tmp_path):
+    """A backbone trained here must not have seen what a detector is evaluated on."""
+    arguments = ['--num-train', '40', '--num-val', '40', '--canvas', '64', '--digits', '4', '4', '--size', '16', '16']
+    coco = make(tmp_path / 'coco', *arguments, tool='digits_to_coco.py')
+    for split in ('train', 'val'):
+        content = json.loads((coco / 'annotations' / f'instances_{split}2017.json').read_text())
+        seen = {annotation['digit_index'] for annotation in content['annotations']}
+        assert len(seen) > 100
+        assert seen <= indices(folder, split).keys()
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_mmpretrain_reads_it_as_imagenet(folder, split):
+    dataset = ImageNet(data_root=str(folder), split=split, metainfo=dict(classes=tuple('0123456789')))
+    assert len(dataset) == len(indices(folder, split))
+    for i in range(0, len(dataset), 50):
+        sample = dataset.get_data_info(i)
+        assert f'/{sample["gt_label"]}/' in sample['img_path']
+
+
+def test_images_show_the_digits(folder):
+    digits = load_digits().images
+    for path in sorted((folder / 'val').glob('*/*.png'))[::30]:
+        pixels = np.asarray(Image.open(path))
+        assert pixels.shape == (32, 32, 3)
+        small = pixels[..., 0].astype(float).reshape(8, 4, 8, 4).mean((1, 3))
+        assert np.corrcoef(small.ravel(), digits[int(path.stem)].ravel())[0, 1] < -0.9, 'ink is dark'
+
+
+def test_arguments(tmp_path):
+    folder = make(tmp_path / 'digits', '--size', '16', '--train-per-class', '3', '--val-per-class', '1')
+    for split, count in (('train', 3), ('val', 1)):
+        labels = list(indices(folder, split).values())
+        assert sorted(labels) == sorted(count * list(range(10)))
+    assert Image.open(next((folder / 'train').glob('*/*.png'))).size == (16, 16)
+
+
+def test_the_same_command_gives_the_same_bytes(tmp_path):
+    arguments = ['--train-per-class', '2', '--val-per-class', '2']
+    again = [fingerprint(make(tmp_path / name, *arguments)) for name in ('one', 'other')]
+    assert again[0] == again[1]
+    assert len(again[0]) == 40
+    assert fingerprint(make(tmp_path / 'one', *arguments, '--seed', '1')).keys() != again[0].keys()
+
+
+def test_a_smaller_set_leaves_no_images_of_a_larger_one(tmp_path):
+    make(tmp_path, '--train-per-class', '5', '--val-per-class', '2')
+    make(tmp_path, '--train-per-class', '1', '--val-per-class', '2')
+    assert len(indices(tmp_path, 'train')) == 10
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--size', '7'], 'at least 8, the size of the original digits, got 7'),
+        (['--val-per-class', '0'], '--val-per-class must be positive, got 0'),
+        (['--val-share', '1'], 'between 0 and 1, got 1.0'),
+    ],
+)
+def test_bad_arguments(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit, match='2'):
+        make(tmp_path / 'digits', *arguments)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / 'digits').exists()
+
+
+@pytest.mark.parametrize('name', ['thesis.txt', 'train/n01440764/1.JPEG', 'train/3/notes.txt'])
+def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys, name):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text('years of work')
+    with pytest.raises(SystemExit, match='2'):
+        make(tmp_path)
+    assert 'holds other files' in capsys.readouterr().err
+    assert [path for path in tmp_path.rglob('*') if path.is_file()] == [tmp_path / name]

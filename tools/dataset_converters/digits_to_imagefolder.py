@@ -1,0 +1,92 @@
+"""Turn scikit-learn's handwritten digits into a folder per class, laid out like ImageNet, for classification.
+
+The 1,797 digits (8x8 pixels, written by 43 people; UCI "Optical Recognition of Handwritten Digits") come with
+scikit-learn, so nothing is downloaded. With the same `--seed` and `--val-share`, train and val have the same digits as
+those of `digits_to_coco.py`: a backbone trained on one's train digits has seen none of the other's val digits. The same
+arguments give the same bytes.
+
+    OUT_DIR/{train,val}/{0..9}/0042.png ...     named by the place of the digit among scikit-learn's
+
+Example:
+
+    python tools/dataset_converters/digits_to_imagefolder.py data/digits-classes
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+from tqdm import tqdm
+
+SPLITS = ('train', 'val')
+CLASSES = tuple('0123456789')
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description='Make an ImageNet-layout classification set of handwritten digits.',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument('out_dir', type=Path, help='folder to write; must be new, or made by this command')
+    parser.add_argument('--size', type=int, default=32, help='width and height of an image, in pixels')
+    for split in SPLITS:
+        parser.add_argument(f'--{split}-per-class', type=int, help=f'at most this many {split} digits of each class')
+    parser.add_argument('--val-share', type=float, default=0.25, help='share of the 1,797 digits kept for validation')
+    parser.add_argument('--seed', type=int, default=0, help='seed of the split and of the images')
+    args = parser.parse_args()
+    if args.size < 8:
+        parser.error(f'--size must be at least 8, the size of the original digits, got {args.size}')
+    for split in SPLITS:
+        count = getattr(args, f'{split}_per_class')
+        if count is not None and count < 1:
+            parser.error(f'--{split}-per-class must be positive, got {count}')
+    if not 0 < args.val_share < 1:
+        parser.error(f'--val-share must be between 0 and 1, got {args.val_share}')
+    if args.out_dir.exists() and not is_own(args.out_dir):
+        parser.error(f'{args.out_dir} holds other files; give a new folder')
+    return args
+
+
+def is_own(folder: Path) -> bool:
+    """Whether nothing is in the folder but what this command writes."""
+    allowed = {Path(split) for split in SPLITS} | {Path(split, name) for split in SPLITS for name in CLASSES}
+    paths = (path.relative_to(folder) for path in folder.rglob('*'))
+    return all(path in allowed or (path.suffix == '.png' and path.parent in allowed) for path in paths)
+
+
+def draw(digit: np.ndarray, size: int, rng: np.random.Generator) -> Image.Image:
+    """Dark ink on light paper, neither of one strength, as in the images of digits_to_coco.py."""
+    ink = Image.fromarray(digit.astype(np.float32) / 16).resize((size, size), Image.Resampling.BICUBIC)
+    paper, strength = rng.uniform(0.6, 1.0), rng.uniform(0.5, 0.9)
+    image = paper - strength * paper * np.asarray(ink).clip(0, 1) + rng.normal(0, 0.03, (size, size))
+    return Image.fromarray((255 * image.clip(0, 1)).round().astype(np.uint8)).convert('RGB')
+
+
+def main() -> None:
+    args = parse_args()
+    digits = load_digits()
+    # As in digits_to_coco.py.
+    order = np.random.default_rng(args.seed).permutation(len(digits.target))
+    num_val = max(1, round(args.val_share * len(order)))
+    for split, indices in (('train', order[num_val:]), ('val', order[:num_val])):
+        folder = args.out_dir / split
+        for old in folder.glob('*/*.png'):
+            old.unlink()
+        rng = np.random.default_rng([args.seed, SPLITS.index(split)])
+        limit = getattr(args, f'{split}_per_class')
+        chosen = np.sort(np.concatenate([indices[digits.target[indices] == c][:limit] for c in range(len(CLASSES))]))
+        for name in CLASSES:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        for index in tqdm(chosen, desc=f'{split} images', file=sys.stdout):
+            path = folder / str(digits.target[index]) / f'{index:04d}.png'
+            draw(digits.images[index], args.size, rng).save(path)
+        print(f'{split}: {len(chosen)} images in {folder}')
+
+
+if __name__ == '__main__':
+    main()
