@@ -1,15 +1,17 @@
-"""Lets the counters of parameters and FLOPs of MMEngine and mmcv count UBN.
+"""Lets the counters of parameters and FLOPs of MMEngine and mmcv count the norm types of this package.
 
-Per value of its input UBN costs, in evaluation,
+Per value of its input a layer costs, in evaluation,
 
-- 1 for the mean of each image and channel (0 without centering and scaling, which alone need it),
+- for the moments of each image and channel: 1 for the mean (UBN, SyncUBN, RBN, IEBN; not without centering and
+  scaling), 2 for mean and mean square (UnitizedBN), 0 for none (BNET),
 - 1 for the normalisation, a multiplication and an addition,
 - k * k for the depthwise convolution.
 
-That is what the counters count for a global average pooling, a BatchNorm without affine step and a depthwise
-convolution (mmcv adds 1 for a convolution's bias). For k = 1, the last two are a BatchNorm: 2. So a UBN with every
-rectification off counts as BatchNorm does. MMEngine's counter follows the mode of the model: in training, statistics
-and normalisation are 4, and the similarity is not counted. What is done per channel, not per value, nobody counts.
+That is what the counters count for a global average pooling of each moment, a BatchNorm without affine step and a
+depthwise convolution (mmcv adds 1 for a convolution's bias). For k = 1, the last two are a BatchNorm: 2. So a UBN is 11
+by default and, with every rectification off, counts as BatchNorm does; RBN and IEBN are 3, UnitizedBN 4, BNET
+1 + k * k. MMEngine's counter follows the mode of the model: in training, moments, statistics and normalisation are 4
+for every type, and the similarity is not counted. What is done per channel, not per value, nobody counts.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ __all__ = ['install_counters']
 
 @functools.cache
 def install_counters() -> None:
-    """Make the counters know UBN, where MMEngine and mmcv are installed."""
+    """Make the counters know these layers, where MMEngine and mmcv are installed."""
     if util.find_spec('mmengine') is not None:
         _count_in_mmengine()
         if util.find_spec('mmcv') is not None:  # which needs mmengine itself
@@ -36,7 +38,7 @@ def install_counters() -> None:
 
 
 def _count_in_mmengine() -> None:
-    """mmengine 0.10, ``mmengine.analysis``: counts the operations of a trace. While it traces, UBN is its stand-in."""
+    """mmengine 0.10, ``mmengine.analysis``: counts the operations of a trace, in which stand-ins are traced."""
     analysis = importlib.import_module('mmengine.analysis.jit_analysis')
     trace = analysis._get_scoped_trace_graph
 
@@ -54,11 +56,23 @@ def _count_in_mmengine() -> None:
     analysis._get_scoped_trace_graph = trace_stand_ins
 
 
+def _moments(layer: UnifiedNorm) -> int:
+    """How many moments of each image and channel the layer needs in evaluation."""
+    if layer.scaling == 'unitized':
+        return 2
+    return int(layer.centering or layer.scaling is not None)
+
+
 def _stand_in(layer: UnifiedNorm, x: Tensor) -> Tensor:
     """As many operations as ``layer`` does, of the kinds that the counter knows. Moves no buffers."""
     mean, var = (None, None) if layer.training else (layer.running_mean, layer.running_var)
-    if mean is not None and (layer.centering or layer.scaling is not None):
-        mean = F.adaptive_avg_pool2d(x.detach(), 1)[0].flatten()
+    if not layer.training:
+        maps = x.detach() if x.dim() == 4 else x.detach()[..., None, None]
+        # In the place of the running statistics, since a trace drops what nothing uses.
+        if _moments(layer) > 0:
+            mean = F.adaptive_avg_pool2d(maps, 1)[0].flatten()
+        if _moments(layer) > 1:
+            var = F.adaptive_avg_pool2d(maps, 1)[0].flatten().clamp(min=0)
     if layer.kernel_size == 1:
         return F.batch_norm(x, mean, var, layer.weight, layer.bias, layer.training)
     kernel = layer.weight[:, None, None, None].expand(-1, 1, layer.kernel_size, layer.kernel_size)
@@ -72,15 +86,14 @@ def _count_in_mmcv() -> None:
     modules_mapping = counter.get_modules_mapping
 
     def count(layer: UnifiedNorm, inputs: tuple[Tensor], output: Tensor) -> None:
-        mean = int(layer.centering or layer.scaling is not None)
         affine = 1 if layer.kernel_size == 1 else layer.kernel_size**2 + 1
-        layer.__flops__ += output.numel() * (mean + 1 + affine)
+        layer.__flops__ += output.numel() * (_moments(layer) + 1 + affine)
 
     @functools.wraps(modules_mapping)
-    def with_ubn() -> dict:
+    def with_our_norms() -> dict:
         return modules_mapping() | dict.fromkeys(_subclasses(UnifiedNorm), count)
 
-    counter.get_modules_mapping = with_ubn
+    counter.get_modules_mapping = with_our_norms
 
 
 def _subclasses(norm: type) -> list[type]:

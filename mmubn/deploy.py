@@ -9,24 +9,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmubn.functional import statistics_dtype, without_autocast
-from mmubn.layers import UBN
+from mmubn.layers import UnifiedNorm
 
 __all__ = ['FoldedUBN', 'fold']
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """A copy of a model in evaluation mode in which every UBN is a layer of the same function with fewer steps.
+    """A copy of a model in evaluation mode in which every norm is a layer of the same function with fewer steps.
 
-    A layer becomes as simple as its parameters allow:
+    A UBN, SyncUBN, RBN, BNET or IEBN becomes as simple as its parameters allow:
 
     - ``w_m = w_v = 0`` and k = 1, or neighbor taps of 0: an ``nn.BatchNorm2d``, which any conv-BN fusion may take on.
     - Any other: a :class:`FoldedUBN`, without the steps that its parameters leave out.
+
+    A UnitizedBN with ``alpha = 0`` becomes an ``nn.BatchNorm2d``, which takes 4-D inputs alone; any other stays, since
+    its factor depends on all channels of a sample and nothing of it is constant.
 
     Gate, momenta and gradients of the parameters end here: the result is for evaluation and export alone, and its state
     dict has another layout. ``model`` stays as it is.
 
     Args:
-        model: Any module, a UBN itself included, in evaluation mode.
+        model: Any module, a norm itself included, in evaluation mode.
 
     Returns:
         The folded copy, in evaluation mode.
@@ -34,11 +37,11 @@ def fold(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: For a model in training mode.
     """
-    if model.training or any(module.training for module in model.modules() if isinstance(module, UBN)):
+    if model.training or any(module.training for module in model.modules() if isinstance(module, UnifiedNorm)):
         raise ValueError('fold needs a model in evaluation mode: call model.eval() before fold(model).')
     model = copy.deepcopy(model)
     # By layer: one that a model uses at several places (a shared head) stays one layer.
-    folded = {module: _fold_layer(module) for module in model.modules() if isinstance(module, UBN)}
+    folded = {module: _fold_layer(module) for module in model.modules() if isinstance(module, UnifiedNorm)}
     for module in list(model.modules()):
         for name, child in module._modules.items():
             if child in folded:
@@ -47,16 +50,17 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 class FoldedUBN(nn.Module):
-    r"""A UBN in evaluation mode, with its constants computed in advance. Made by :func:`fold`.
+    r"""A UBN, SyncUBN, RBN, BNET or IEBN in evaluation mode, with its constants computed in advance, by :func:`fold`.
 
     .. math::
         y = \mathrm{conv}_k(r_{nc} (x + s_{nc})) + \beta, \qquad s_{nc} = w_m a - \mu, \qquad
-        r_{nc} = \mathrm{sigmoid}(w_v (a + s_{nc}) / \sqrt{\sigma^2 + \epsilon} + w_b)
+        r_{nc} = \mathrm{sigmoid}(w'_v (a + s_{nc}) + w'_b)
 
-    where the weight of conv_k holds :math:`1 / \sqrt{\sigma^2 + \epsilon}`, and r too where ``w_v = 0``. With
-    ``w_m = w_v = 0`` one addition and one convolution are left. The addition cannot move into the bias of this
-    convolution, since the zeros around the map stand for mu; into the convolution before the layer it can, and ONNX
-    runtimes move it there.
+    where :math:`w'_v = w_v / \sqrt{\sigma^2 + \epsilon}` and ``w'_b = w_b``; of an IEBN, whose factor depends on a
+    itself, ``w'_v = w_v`` and ``w'_b = w_b + w_v mu``. The weight of conv_k holds
+    :math:`1 / \sqrt{\sigma^2 + \epsilon}`, and r too where ``w_v = 0``. With ``w_m = w_v = 0`` one addition and one
+    convolution are left. The addition cannot move into the bias of this convolution, since the zeros around the map
+    stand for mu; into the convolution before the layer it can, and ONNX runtimes move it there.
 
     Args:
         constants: The attributes below by name.
@@ -65,7 +69,7 @@ class FoldedUBN(nn.Module):
     Attributes:
         shift: ``-mu``, (C,).
         center_weight: w_m, (C,). None for 0.
-        scale_weight, scale_bias: ``w_v / sqrt(var + eps)`` and w_b, each (C,). Both None where r is in the weight.
+        scale_weight, scale_bias: w'_v and w'_b, each (C,). Both None where r is in the weight.
         weight: Kernel, (C, 1, k, k), or (C,) where only its centre tap is not 0.
         bias: beta, (C,).
     """
@@ -83,7 +87,7 @@ class FoldedUBN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() == 0:
             return x
-        with without_autocast(x.device.type):  # as in UBN, float32 inside
+        with without_autocast(x.device.type):  # as in the layers, float32 inside
             return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -115,7 +119,7 @@ class FoldedUBN(nn.Module):
 
 
 @torch.no_grad()
-def _fold_layer(layer: UBN) -> nn.Module:
+def _fold_layer(layer: UnifiedNorm) -> nn.Module:
     # In float64, so that every constant is rounded once; on the CPU, since some devices have no float64.
     values = {name: value.to('cpu', torch.float64) for name, value in layer.state_dict().items()}
     device, dtype = layer.weight.device, statistics_dtype(layer.weight)
@@ -126,7 +130,10 @@ def _fold_layer(layer: UBN) -> nn.Module:
     neighbor_weight, center_weight, scale_weight = map(
         unless_zero, ('neighbor_weight', 'center_weight', 'scale_weight')
     )
+    if layer.scaling == 'unitized' and scale_weight is not None:
+        return layer
     gain, bias, scale_bias = values['weight'], values['bias'], values.get('scale_bias')
+    inv_std = torch.rsqrt(values['running_var'] + float(layer.eps))
     r = None
     if scale_weight is None and scale_bias is not None:
         r, scale_bias = torch.sigmoid(scale_bias), None
@@ -140,17 +147,21 @@ def _fold_layer(layer: UBN) -> nn.Module:
             strict=False,  # without num_batches_tracked, which evaluation does not read
         )
     else:
-        inv_std = torch.rsqrt(values['running_var'] + float(layer.eps))
         weight = gain * inv_std
         if neighbor_weight is not None:
             neighbor_weight = neighbor_weight * (inv_std if r is None else r * inv_std)[:, None]
             before, after = neighbor_weight.chunk(2, dim=1)
             kernel = torch.cat([before, weight[:, None], after], dim=1)
             weight = kernel.view(-1, 1, layer.kernel_size, layer.kernel_size)
+        if scale_weight is not None:
+            if layer.scaling == 'instance':
+                scale_bias = scale_bias + scale_weight * values['running_mean']
+            else:
+                scale_weight = scale_weight * inv_std
         constants = dict(
             shift=-values['running_mean'],
             center_weight=center_weight,
-            scale_weight=None if scale_weight is None else scale_weight * inv_std,
+            scale_weight=scale_weight,
             scale_bias=scale_bias,
             weight=weight,
             bias=bias,

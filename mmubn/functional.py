@@ -201,11 +201,13 @@ def select_statistics(
     """
     selected = tuple(torch.where(condensed, new, old.to(new.dtype)) for new, old in zip(batch, running, strict=True))
     mean, var = (t.detach() for t in batch)
-    moves = _is_finite(mean) & _is_finite(var) & condensed
     unbiased = var * (count / (count - 1 + (count <= 1)))
+    # In the dtype of the running ones, which in a half-precision layer may be too narrow for the variance.
+    new_mean, new_var = (new.to(old.dtype) for old, new in zip(running, (mean, unbiased), strict=True))
+    moves = _is_finite(new_mean) & _is_finite(new_var) & condensed
     moved = tuple(
-        torch.where(moves, torch.lerp(old, new.to(old.dtype), momentum), old)
-        for old, new in zip(running, (mean, unbiased), strict=True)
+        torch.where(moves, torch.lerp(old, new, momentum), old)
+        for old, new in zip(running, (new_mean, new_var), strict=True)
     )
     return selected, moved
 

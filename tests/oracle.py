@@ -1,7 +1,7 @@
-"""UBN written a second time, independently: float64, loops over samples, channels and taps, in the order of the paper.
+"""The norms written a second time, independently: float64, loops over samples, channels and taps, in UBN's order.
 
-It shares nothing with ``mmubn``: the rectified input, its variance and the pooled features are computed from the data
-itself where the package uses closed forms, and the similarity goes through every pair.
+It shares nothing with ``mmubn``: the rectified input, its variance, the pooled features and the length of a sample are
+computed from the data itself where the package uses closed forms, and the similarity goes through every pair.
 """
 
 import math
@@ -36,23 +36,33 @@ def fresh_state(channels):
     }
 
 
-def ubn(
+def ubn(x, parameters, state, training=True, threshold=0.15, **options):
+    """One call of UBN: :func:`norm` with its gate and its factor."""
+    return norm(x, parameters, state, training, scaling='rectified', threshold=threshold, **options)
+
+
+def norm(
     x,
     parameters,
     state,
     training=True,
+    scaling=None,
     eps=1e-5,
     momentum=0.1,
-    threshold=0.15,
+    threshold=None,
     similarity_momentum=0.1,
     similarity_samples=16,
     calibrate_bias=False,
     groups=None,
 ):
-    """One call of UBN. Returns (output, new state); gradients flow to ``x`` and ``parameters`` through autograd.
+    """One call of a norm. Returns (output, new state); gradients flow to ``x`` and ``parameters`` through autograd.
 
-    ``parameters``: weight, bias and, where the part is on, neighbor_weight, center_weight, scale_weight, scale_bias.
+    ``x``: (N, C, H, W) or (N, C). ``parameters``: weight, bias and, where the part is on, neighbor_weight,
+    center_weight, scale_weight, scale_bias. ``scaling``: see :func:`factor`; None, or no scale_weight, for none.
+    ``threshold``: of the gate; None for none.
     """
+    shape = x.shape
+    x = x[:, :, None, None] if x.dim() == 2 else x
     samples, channels, height, width = x.shape
     state = dict(state)
     condensed = True
@@ -64,38 +74,36 @@ def ubn(
             ] + similarity_momentum * s
         condensed = state['running_similarity'] > threshold
 
-    neighbors = parameters.get('neighbor_weight')
-    size = 1 if neighbors is None else math.isqrt(neighbors.shape[1] + 1)
-    half = size // 2
-    out_channels, means, variances = [], [], []
+    normalized, means, variances = [], [], []  # normalized[c][n] is a map
     for c in range(channels):
-        plane = [x[n, c] for n in range(samples)]
+        planes = [x[n, c] for n in range(samples)]
         if 'center_weight' in parameters:
-            plane = [p + parameters['center_weight'][c] * (p.sum() / (height * width)) for p in plane]
-
+            planes = [p + parameters['center_weight'][c] * (p.sum() / (height * width)) for p in planes]
         if training and condensed:
-            values = torch.cat([p.flatten() for p in plane])
+            values = torch.cat([p.flatten() for p in planes])
             mean = values.sum() / values.numel()
             var = ((values - mean) ** 2).sum() / values.numel()
             means.append(mean.detach())
             variances.append(var.detach() * values.numel() / max(values.numel() - 1, 1))
         else:
             mean, var = state['running_mean'][c], state['running_var'][c]
+        normalized.append([(p - mean) / torch.sqrt(var + eps) for p in planes])
 
+    neighbors = parameters.get('neighbor_weight')
+    size = 1 if neighbors is None else math.isqrt(neighbors.shape[1] + 1)
+    half = size // 2
+    out_channels = []
+    for c in range(channels):
         if neighbors is None:
             taps = [parameters['weight'][c]]
         else:
             taps = list(neighbors[c])
             taps.insert(len(taps) // 2, parameters['weight'][c])
-
         out = []
-        for p in plane:
-            z = (p - mean) / torch.sqrt(var + eps)
-            r = 1.0
-            if 'scale_weight' in parameters:
-                pooled = z.sum() / (height * width)
-                r = 1 / (1 + torch.exp(-(parameters['scale_weight'][c] * pooled + parameters['scale_bias'][c])))
-            padded = torch.nn.functional.pad(r * z, (half,) * 4) if half else r * z
+        for n in range(samples):
+            r = factor(x, normalized, n, c, parameters, scaling, eps)
+            z = r * normalized[c][n]
+            padded = torch.nn.functional.pad(z, (half,) * 4) if half else z
             y = sum(
                 taps[i * size + j] * padded[i : i + height, j : j + width] for i in range(size) for j in range(size)
             )
@@ -106,4 +114,20 @@ def ubn(
         state['running_mean'] = (1 - momentum) * state['running_mean'] + momentum * torch.stack(means)
         state['running_var'] = (1 - momentum) * state['running_var'] + momentum * torch.stack(variances)
         state['num_batches_tracked'] += 1
-    return torch.stack(out_channels, dim=1), state
+    return torch.stack(out_channels, dim=1).reshape(shape), state
+
+
+def factor(x, normalized, n, c, parameters, scaling, eps):
+    """r of sample n and channel c.
+
+    ``'rectified'`` (UBN, RBN): sigmoid(w_v mean_hw x_s + w_b); ``'instance'`` (IEBN): sigmoid(w_v mean_hw x + w_b);
+    ``'unitized'`` (UnitizedBN): w_v / sqrt(q + eps) + 1 - w_v with q = sum_chw x_s^2 / (HW)^2.
+    """
+    if scaling is None or 'scale_weight' not in parameters:
+        return 1.0
+    weight, size = parameters['scale_weight'][c], x[n, c].numel()
+    if scaling == 'unitized':
+        q = sum((planes[n] ** 2).sum() for planes in normalized) / size**2
+        return weight / torch.sqrt(q + eps) + 1 - weight
+    pooled = (x[n, c] if scaling == 'instance' else normalized[c][n]).sum() / size
+    return 1 / (1 + torch.exp(-(weight * pooled + parameters['scale_bias'][c])))

@@ -1,4 +1,4 @@
-"""The counters of MMEngine and mmcv count UBN, by the formula of ``mmubn/complexity.py``."""
+"""The counters of MMEngine and mmcv count every norm type, by the formula of ``mmubn/complexity.py``."""
 
 import copy
 import re
@@ -9,18 +9,25 @@ import torch
 from mmengine.analysis import get_model_complexity_info
 from torch import nn
 
-from mmubn import UBN, SyncUBN
+from mmubn import BNET, IEBN, RBN, UBN, SyncUBN, UnitizedBN
 from mmubn.complexity import install_counters
 
 ALL_OFF = dict(threshold=None, centering=False, scaling=False, kernel_size=1)
-# Per value of the input, in evaluation: mean + normalisation + taps.
+# Per value of the input, in evaluation: moments + normalisation + taps.
 COSTS = {
-    'default': ({}, 1 + 1 + 9),
-    '5x5': (dict(kernel_size=5), 1 + 1 + 25),
-    'no centering': (dict(centering=False), 1 + 1 + 9),
-    'no rectification but the affine one': (dict(centering=False, scaling=False), 0 + 1 + 9),
-    'pointwise': (dict(kernel_size=1), 1 + 1 + 1),
-    'BatchNorm': (ALL_OFF, 0 + 1 + 1),
+    'UBN': (UBN, {}, 1 + 1 + 9),
+    'SyncUBN': (SyncUBN, {}, 1 + 1 + 9),
+    'UBN 5x5': (UBN, dict(kernel_size=5), 1 + 1 + 25),
+    'UBN without centering': (UBN, dict(centering=False), 1 + 1 + 9),
+    'UBN without scaling': (UBN, dict(scaling=False), 1 + 1 + 9),
+    'UBN with the gate and the affine step alone': (UBN, dict(centering=False, scaling=False), 0 + 1 + 9),
+    'UBN pointwise': (UBN, dict(kernel_size=1), 1 + 1 + 1),
+    'UBN as BatchNorm': (UBN, ALL_OFF, 0 + 1 + 1),
+    'RBN': (RBN, {}, 1 + 1 + 1),
+    'BNET': (BNET, {}, 0 + 1 + 9),
+    'BNET 7x7': (BNET, dict(kernel_size=7), 0 + 1 + 49),
+    'IEBN': (IEBN, {}, 1 + 1 + 1),
+    'UnitizedBN': (UnitizedBN, {}, 2 + 1 + 1),
 }
 CHANNELS, SIZE = 4, 6
 VALUES = CHANNELS * SIZE * SIZE
@@ -45,8 +52,7 @@ def of_norm(count, norm):
     return (flops - 3 * VALUES) / VALUES, parameters - 3 * CHANNELS
 
 
-@pytest.mark.parametrize('norm', [UBN, SyncUBN])
-@pytest.mark.parametrize(('options', 'cost'), COSTS.values(), ids=COSTS)
+@pytest.mark.parametrize(('norm', 'options', 'cost'), COSTS.values(), ids=COSTS)
 def test_evaluation(norm, options, cost):
     layer = norm(CHANNELS, **options).eval()
     parameters = sum(parameter.numel() for parameter in layer.parameters())
@@ -62,17 +68,30 @@ def test_as_batch_norm(count, training):
     assert of_norm(count, norms[0]) == of_norm(count, norms[1])
 
 
-def test_training():
-    assert of_norm(count_mmengine, UBN(CHANNELS))[0] == 4 + 9
+@pytest.mark.parametrize(('norm', 'options', 'cost'), COSTS.values(), ids=COSTS)
+def test_training(norm, options, cost):
+    layer = norm(CHANNELS, **options)
+    assert of_norm(count_mmengine, layer)[0] == 4 + layer.kernel_size**2
 
 
-def test_counting_leaves_the_model_as_it_was():
-    module = model(UBN(CHANNELS))
+@pytest.mark.parametrize('count', [count_mmengine, count_mmcv])
+def test_features_without_height_and_width(count):
+    """Of a Linear layer; UnitizedBN alone takes them."""
+    head = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, CHANNELS, bias=False), UnitizedBN(CHANNELS)).eval()
+    bare = head[:2]
+    (flops, parameters), (without, others) = count(head), count(bare)
+    assert (flops - without, parameters - others) == (4 * CHANNELS, 3 * CHANNELS)
+
+
+@pytest.mark.parametrize('norm', [UBN, RBN, BNET, IEBN, UnitizedBN])
+@pytest.mark.parametrize('training', [True, False])
+def test_counting_leaves_the_model_as_it_was(norm, training):
+    module = model(norm(CHANNELS)).train(training)
     before = copy.deepcopy(module.state_dict())
     count_mmengine(module)
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
     assert 'forward' not in vars(module[1])
-    module(torch.randn(2, 3, 4, 4))
+    module.train()(torch.randn(2, 3, 4, 4))
     assert module[1].num_batches_tracked == 1
 
 

@@ -1,7 +1,8 @@
-"""What happens to UBN after training: torch.compile, torch.export, ONNX, and fold."""
+"""What happens to the norms after training: torch.compile, torch.export, ONNX, and fold."""
 
 import collections
 import copy
+import functools
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from mmdet.models.backbones import ResNet
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from mmubn import UBN
+from mmubn import BNET, IEBN, RBN, UBN, SyncUBN, UnitizedBN
 from mmubn.deploy import FoldedUBN, fold
 
 OPTIONS = {
@@ -26,6 +27,15 @@ OPTIONS = {
     '5x5': dict(kernel_size=5),
     'bias calibrated': dict(calibrate_bias=True),
     'only the gate': dict(centering=False, scaling=False, kernel_size=1),
+}
+LAYERS = {
+    **{f'UBN {name}': functools.partial(UBN, **options) for name, options in OPTIONS.items()},
+    'SyncUBN': SyncUBN,
+    'RBN': RBN,
+    'BNET': BNET,
+    'BNET 5x5': functools.partial(BNET, kernel_size=5),
+    'IEBN': IEBN,
+    'UnitizedBN': UnitizedBN,
 }
 CENTER, SCALE, NEIGHBORS = 'center_weight', 'scale_weight', 'neighbor_weight'
 DYNAMIC = (dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),)
@@ -204,6 +214,18 @@ class TestExport:
             torch.testing.assert_close(program.module()(x).detach(), expected, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(torch.as_tensor(run(x)[0]), expected, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize('norm', [RBN, BNET, IEBN, UnitizedBN])
+    def test_other_types(self, norm, tmp_path):
+        layer = randomize(norm(4)).eval()
+        program = export(layer, torch.randn(2, 4, 8, 9))
+        assert not gate_operations(program)
+        _, run = to_onnx(program, tmp_path / 'layer.onnx', opset_version=18)
+        for size in self.SIZES:
+            x = torch.randn(size)
+            expected = layer(x).detach()
+            torch.testing.assert_close(program.module()(x).detach(), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(torch.as_tensor(run(x)[0]), expected, rtol=1e-5, atol=1e-5)
+
     def test_the_gate_of_training_would_be_seen(self):
         assert gate_operations(export(UBN(4), torch.randn(2, 4, 8, 9))) >= {'gt', 'where'}
 
@@ -235,9 +257,9 @@ class TestFold:
     ZEROS = [(), (SCALE,), (CENTER,), (CENTER, SCALE), (NEIGHBORS,), (NEIGHBORS, CENTER, SCALE)]
 
     @pytest.mark.parametrize('zeros', ZEROS, ids=lambda zeros: '+'.join(zeros) or 'none')
-    @pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS)
-    def test_layer(self, options, zeros):
-        layer = set_zero(randomize(UBN(4, **options)), zeros).eval()
+    @pytest.mark.parametrize('norm', LAYERS.values(), ids=LAYERS)
+    def test_layer(self, norm, zeros):
+        layer = set_zero(randomize(norm(4)), zeros).eval()
         for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
             layer.to(dtype)
             folded = fold(layer)
@@ -245,22 +267,36 @@ class TestFold:
             for shape in ((3, 4, 6, 5), (2, 4, 1, 1), (1, 4, 2, 5), (0, 4, 3, 3), (2, 4, 0, 3)):
                 x = 2 * torch.randn(shape, dtype=dtype) + 3
                 torch.testing.assert_close(folded(x), layer(x).detach(), rtol=tolerance, atol=tolerance)
-            assert not list(folded.parameters()) or not any(p.requires_grad for p in folded.parameters())
+            if type(folded) is not UnitizedBN:
+                assert not any(p.requires_grad for p in folded.parameters())
 
     @pytest.mark.parametrize(
-        ('options', 'zeros', 'kind', 'operators'),
+        ('norm', 'zeros', 'kind', 'operators'),
         [
-            ({}, (CENTER, SCALE), FoldedUBN, {'Add': 1, 'Conv': 1}),
-            (dict(centering=False, scaling=False), (), FoldedUBN, {'Add': 1, 'Conv': 1}),
-            ({}, (CENTER, SCALE, NEIGHBORS), nn.BatchNorm2d, {'BatchNormalization': 1}),
-            (dict(kernel_size=1), (CENTER, SCALE), nn.BatchNorm2d, {'BatchNormalization': 1}),
-            (dict(calibrate_bias=True), (CENTER, SCALE, NEIGHBORS), nn.BatchNorm2d, {'BatchNormalization': 1}),
-            ({}, (), FoldedUBN, None),
-            ({}, (NEIGHBORS,), FoldedUBN, None),
+            (UBN, (CENTER, SCALE), FoldedUBN, {'Add': 1, 'Conv': 1}),
+            (functools.partial(UBN, centering=False, scaling=False), (), FoldedUBN, {'Add': 1, 'Conv': 1}),
+            (UBN, (CENTER, SCALE, NEIGHBORS), nn.BatchNorm2d, {'BatchNormalization': 1}),
+            (functools.partial(UBN, kernel_size=1), (CENTER, SCALE), nn.BatchNorm2d, {'BatchNormalization': 1}),
+            (
+                functools.partial(UBN, calibrate_bias=True),
+                (CENTER, SCALE, NEIGHBORS),
+                nn.BatchNorm2d,
+                {'BatchNormalization': 1},
+            ),
+            (UBN, (), FoldedUBN, None),
+            (UBN, (NEIGHBORS,), FoldedUBN, None),
+            (RBN, (), FoldedUBN, None),
+            (RBN, (CENTER, SCALE), nn.BatchNorm2d, {'BatchNormalization': 1}),
+            (BNET, (), FoldedUBN, {'Add': 1, 'Conv': 1}),
+            (BNET, (NEIGHBORS,), nn.BatchNorm2d, {'BatchNormalization': 1}),
+            (IEBN, (), FoldedUBN, None),
+            (IEBN, (SCALE,), nn.BatchNorm2d, {'BatchNormalization': 1}),
+            (UnitizedBN, (), UnitizedBN, None),
+            (UnitizedBN, (SCALE,), nn.BatchNorm2d, {'BatchNormalization': 1}),
         ],
     )
-    def test_form(self, options, zeros, kind, operators, tmp_path):
-        layer = set_zero(randomize(UBN(4, **options)), zeros).eval()
+    def test_form(self, norm, zeros, kind, operators, tmp_path):
+        layer = set_zero(randomize(norm(4)), zeros).eval()
         folded = fold(layer)
         assert type(folded) is kind
         program = export(folded, torch.randn(2, 4, 8, 9))
@@ -269,12 +305,13 @@ class TestFold:
         for size in TestExport.SIZES:
             x = torch.randn(size)
             expected = layer(x).detach()
-            torch.testing.assert_close(program.module()(x), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(program.module()(x).detach(), expected, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(torch.as_tensor(run(x)[0]), expected, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize('norm', [UBN, RBN, BNET, IEBN, UnitizedBN])
     @pytest.mark.parametrize('zeros', ZEROS, ids=lambda zeros: '+'.join(zeros) or 'none')
-    def test_mixed_precision(self, zeros):
-        layer = set_zero(randomize(UBN(4)), zeros).eval()
+    def test_mixed_precision(self, norm, zeros):
+        layer = set_zero(randomize(norm(4)), zeros).eval()
         folded = fold(layer)
         x = torch.randn(3, 4, 6, 5)
         with torch.autocast('cpu', dtype=torch.bfloat16):
@@ -292,15 +329,19 @@ class TestFold:
             assert y.dtype == dtype
             torch.testing.assert_close(y, folded(half_x), rtol=5 * tolerance, atol=5 * tolerance)
 
-    def test_a_mean_that_is_large_beside_the_deviation_loses_no_digits(self):
-        layer = randomize(UBN(4)).eval()
+    @pytest.mark.parametrize('norm', [UBN, RBN, BNET, IEBN])
+    def test_a_mean_that_is_large_beside_the_deviation_loses_no_digits(self, norm):
+        layer = randomize(norm(4)).eval()
         layer.running_mean.fill_(3000)
+        if norm is IEBN:
+            layer.scale_weight.data /= 3000  # or the sigmoid would be 0 or 1
         x = torch.randn(3, 4, 6, 5) + 3000
         exact = copy.deepcopy(layer).double()(x.double())
         torch.testing.assert_close(fold(layer)(x).double(), exact, rtol=1e-4, atol=1e-4)
 
-    def test_the_model_stays_as_it_is_and_the_copy_holds_no_ubn(self):
-        shared = randomize(UBN(4))
+    @pytest.mark.parametrize('norm', [UBN, RBN, BNET, IEBN, UnitizedBN])
+    def test_the_model_stays_as_it_is_and_the_copy_holds_none_that_folds(self, norm):
+        shared = randomize(norm(4))
         other = nn.BatchNorm2d(4)
         model = nn.ModuleDict(dict(a=nn.Sequential(shared, nn.ReLU()), b=shared, c=other)).eval()
         before = copy.deepcopy(model.state_dict())
@@ -308,14 +349,16 @@ class TestFold:
         assert model['b'] is shared
         assert model.state_dict().keys() == before.keys()
         assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-        assert not any(isinstance(module, UBN) for module in folded.modules())
+        assert isinstance(folded['b'], UnitizedBN if norm is UnitizedBN else FoldedUBN)
+        assert folded['b'] is not shared
         assert folded['a'][0] is folded['b'], 'a shared layer stays shared'
         assert type(folded['c']) is nn.BatchNorm2d
         assert not any(module.training for module in folded.modules())
         assert fold(folded)['b'](torch.zeros(1, 4, 2, 2)).shape == (1, 4, 2, 2)
 
-    def test_training_mode_is_an_error(self):
-        model = nn.Sequential(nn.Conv2d(3, 4, 1), UBN(4))
+    @pytest.mark.parametrize('norm', [UBN, IEBN])
+    def test_training_mode_is_an_error(self, norm):
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), norm(4))
         with pytest.raises(ValueError, match=r'call model\.eval\(\)'):
             fold(model)
         model.eval()[1].train()

@@ -1,6 +1,8 @@
-"""Nothing replaces a UBN without a word: conversions and foldings are errors, and models without UBN are as before."""
+"""Nothing replaces a norm of mmubn without a word: conversions and foldings are errors; other models are as before."""
 
 import copy
+import pickle
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -21,9 +23,19 @@ from torch import nn
 from torch.fx.experimental import optimization
 from torch.nn.utils import fusion
 
-from mmubn import UBN, SyncUBN
+from mmubn import BNET, IEBN, RBN, UBN, SyncUBN, UnitizedBN
 from mmubn.deploy import FoldedUBN, fold
 from mmubn.guards import UnfoldableEps, install_guards
+
+TYPES = [UBN, SyncUBN, RBN, BNET, IEBN, UnitizedBN]
+# What to do instead of the conversion to SyncBatchNorm.
+REMEDIES = {
+    UBN: "build the model with norm_cfg=dict(type='SyncUBN') instead",
+    RBN: "build the model with norm_cfg=dict(type='SyncUBN', threshold=None, kernel_size=1) instead",
+    BNET: "build the model with norm_cfg=dict(type='SyncUBN', threshold=None, centering=False, scaling=False) instead",
+    IEBN: 'there is no synchronised IEBN: leave sync_bn and use_syncbn out',
+    UnitizedBN: 'there is no synchronised UnitizedBN: leave sync_bn and use_syncbn out',
+}
 
 
 class Net(nn.Module):
@@ -37,6 +49,14 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.block(self.bn(self.conv(x)))
+
+
+def randomize(layer):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    return layer
 
 
 def trained(model):
@@ -76,13 +96,41 @@ def process_group(tmp_path_factory):
 
 
 class TestConversionToSyncBatchNorm:
+    @pytest.mark.parametrize('norm', REMEDIES)
     @pytest.mark.parametrize('convert', CONVERSIONS.values(), ids=CONVERSIONS)
-    def test_ubn_is_an_error_that_names_layer_and_remedy(self, convert):
-        model = Net()
-        with pytest.raises(RuntimeError, match=r"convert_sync_batchnorm .*sync_bn.* Net\.bn, a UBN.*type='SyncUBN'"):
+    def test_each_type_is_an_error_that_names_layer_and_remedy(self, convert, norm):
+        model = Net(norm)
+        start = r'convert_sync_batchnorm .*sync_bn.* Net\.bn, of type '
+        with pytest.raises(RuntimeError, match=f'{start}{norm.__name__}, .*{re.escape(REMEDIES[norm])}'):
             convert(model)
-        assert type(model.bn) is UBN
+        assert type(model.bn) is norm
         assert type(model.block[1]) is nn.BatchNorm2d, 'nothing may be converted before the error'
+
+    @pytest.mark.parametrize(
+        ('norm', 'options'),
+        [
+            (UBN, {}),
+            (UBN, dict(threshold=0.2, similarity_samples=4, kernel_size=5, calibrate_bias=True, eps=1e-3)),
+            (UBN, dict(threshold=None, centering=False)),
+            (RBN, dict(momentum=0.2)),
+            (BNET, {}),
+            (BNET, dict(kernel_size=7)),
+        ],
+    )
+    def test_the_remedy_computes_the_same(self, norm, options):
+        layer = randomize(norm(3, **options))
+        with pytest.raises(RuntimeError) as error:
+            nn.SyncBatchNorm.convert_sync_batchnorm(layer)
+        remedy = eval(re.search(r'norm_cfg=(dict\(.*?\))', str(error.value))[1])
+        assert remedy.pop('type') == 'SyncUBN'
+        other = SyncUBN(3, **remedy)
+        assert dict(other.named_parameters()).keys() == dict(layer.named_parameters()).keys()
+        other.load_state_dict({**other.state_dict(), **layer.state_dict()})
+        x = torch.randn(6, 3, 5, 4)
+        for training in (True, False):
+            torch.testing.assert_close(other.train(training)(x), layer.train(training)(x))
+        for name, value in layer.state_dict().items():
+            assert torch.equal(other.state_dict()[name], value)
 
     @pytest.mark.parametrize('convert', CONVERSIONS.values(), ids=CONVERSIONS)
     def test_sync_ubn_stays_and_the_others_are_converted(self, convert):
@@ -102,7 +150,7 @@ class TestConversionToSyncBatchNorm:
         cfg = get_config('mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py').model
         cfg.backbone.update(norm_cfg=dict(type='UBN'), init_cfg=None)
         monkeypatch.setattr('mmdet.models.detectors.rtmdet.get_world_size', lambda: 8)
-        error = pytest.raises(RuntimeError, match=r'RTMDet\.backbone\.stem\.0\.bn, a UBN.*SyncUBN')
+        error = pytest.raises(RuntimeError, match=r'RTMDet\.backbone\.stem\.0\.bn, of type UBN.*SyncUBN')
         with DefaultScope.overwrite_default_scope('mmdet'), error:
             MMDET_MODELS.build(cfg)
 
@@ -129,11 +177,13 @@ FOLDINGS = {
 
 
 class TestFolding:
+    @pytest.mark.parametrize('norm', TYPES)
     @pytest.mark.parametrize('fold', FOLDINGS.values(), ids=FOLDINGS)
-    def test_ubn_is_an_error_that_names_the_caller_and_the_remedy(self, fold):
-        model = trained(Net())
+    def test_each_type_is_an_error_that_names_the_caller_and_the_remedy(self, fold, norm):
+        model = trained(Net(norm))
         before = copy.deepcopy(model.state_dict())
-        with pytest.raises(RuntimeError, match=r'fuse\w* .*UBN of 4 channels.*no fuse_conv_bn.*mmubn\.deploy\.fold'):
+        remedy = r'no fuse_conv_bn.*mmubn\.deploy\.fold'
+        with pytest.raises(RuntimeError, match=rf'fuse\w* treats the {norm.__name__} of 4 channels .*{remedy}'):
             fold(model)
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -145,15 +195,24 @@ class TestFolding:
         model, x = trained(Net(nn.BatchNorm2d)), torch.randn(2, 3, 6, 6)
         torch.testing.assert_close(mmcv.cnn.fuse_conv_bn(copy.deepcopy(model))(x), model(x))
 
+    @pytest.mark.parametrize('norm', [UBN, SyncUBN, RBN, BNET, IEBN])
     @pytest.mark.parametrize('rectified', [True, False])
-    def test_remedy(self, rectified):
-        """What ``mmubn.deploy.fold`` makes of a UBN is a BatchNorm for others to fold, or no norm to them."""
-        model, x = trained(Net()), torch.randn(2, 3, 6, 6)
+    def test_remedy(self, rectified, norm):
+        """What ``mmubn.deploy.fold`` makes of a norm is a BatchNorm for others to fold, or no norm to them."""
+        model, x = trained(Net(norm)), torch.randn(2, 3, 6, 6)
         if rectified:
-            nn.init.normal_(model.bn.neighbor_weight)
+            randomize(model.bn)
         fused = mmcv.cnn.fuse_conv_bn(fold(model))
         assert isinstance(fused.bn, FoldedUBN if rectified else nn.Identity)
         torch.testing.assert_close(fused(x), model(x))
+
+    def test_a_unitized_bn_that_does_not_fold_stays_an_error(self):
+        model, x = trained(Net(UnitizedBN)), torch.randn(2, 3, 6, 6)
+        expected = model(x)
+        torch.testing.assert_close(mmcv.cnn.fuse_conv_bn(fold(model))(x), expected)  # alpha = 0
+        randomize(model.bn)
+        with pytest.raises(RuntimeError, match='treats the UnitizedBN of 4 channels as a BatchNorm'):
+            mmcv.cnn.fuse_conv_bn(fold(model))
 
     def test_deploy_mode_of_a_block(self):
         for block in (
@@ -165,19 +224,20 @@ class TestFolding:
         with pytest.raises(RuntimeError, match='UBN of 4 channels'):
             levit.ConvolutionBatchNorm(3, 4, 3, 1, 1, norm_cfg=dict(type='UBN')).eval().fuse()
 
-    def test_efficient_conv_bn_eval_of_a_conv_module(self):
-        module = ConvModule(3, 4, 3, norm_cfg=dict(type='UBN'), efficient_conv_bn_eval=True)
+    @pytest.mark.parametrize('norm', TYPES)
+    def test_efficient_conv_bn_eval_of_a_conv_module(self, norm):
+        module = ConvModule(3, 4, 3, norm_cfg=dict(type=norm.__name__), efficient_conv_bn_eval=True)
         x = torch.randn(2, 3, 6, 6)
         module(x)
-        with pytest.raises(RuntimeError, match=r'efficient_conv_bn_eval_forward .*UBN of 4 channels'):
+        with pytest.raises(RuntimeError, match=f'efficient_conv_bn_eval_forward .*{norm.__name__} of 4 channels'):
             module.eval()(x)
 
-    def test_efficient_conv_bn_eval_of_the_runner(self):
-        model = nn.ModuleDict({'backbone': Net()})
-        with pytest.raises(RuntimeError, match=r'efficient_conv_bn_eval would fold Net\.bn, a UBN.*leave'):
+    @pytest.mark.parametrize('norm', TYPES)
+    def test_efficient_conv_bn_eval_of_the_runner(self, norm):
+        model, name = nn.ModuleDict({'backbone': Net(norm)}), norm.__name__
+        error = rf'efficient_conv_bn_eval would fold Net\.bn, of type {name}, .*only modules without {name}\.'
+        with pytest.raises(RuntimeError, match=error):
             turn_on_efficient_conv_bn_eval(model, ['backbone'])
-        with pytest.raises(RuntimeError, match=r'Net\.bn'):
-            turn_on_efficient_conv_bn_eval(nn.ModuleDict({'backbone': Net(SyncUBN)}), ['backbone'])
 
     def test_efficient_conv_bn_eval_without_ubn(self):
         model, x = trained(Net(nn.BatchNorm2d)), torch.randn(2, 3, 6, 6)
@@ -186,14 +246,16 @@ class TestFolding:
         assert 'efficient_conv_bn_eval' in model.forward.__self__.code
         torch.testing.assert_close(model(x), expected)
 
-    def test_quantization_knows_no_way_to_fold_it(self):
-        with pytest.raises(AssertionError, match='UBN'):
-            torch.ao.quantization.fuse_modules(Net().eval(), ['conv', 'bn'])
+    @pytest.mark.parametrize('norm', TYPES)
+    def test_quantization_knows_no_way_to_fold_it(self, norm):
+        with pytest.raises(AssertionError, match=norm.__name__):
+            torch.ao.quantization.fuse_modules(Net(norm).eval(), ['conv', 'bn'])
 
-    def test_fx_fusion_folds_the_others_and_keeps_ubn(self):
-        model, x = trained(Net()), torch.randn(2, 3, 6, 6)
+    @pytest.mark.parametrize('norm', TYPES)
+    def test_fx_fusion_folds_the_others_and_keeps_ours(self, norm):
+        model, x = trained(Net(norm)), torch.randn(2, 3, 6, 6)
         fused = optimization.fuse(model)
-        assert [type(m) for m in fused.modules() if hasattr(m, 'running_mean')] == [UBN]
+        assert [type(m) for m in fused.modules() if hasattr(m, 'running_mean')] == [norm]
         torch.testing.assert_close(fused(x), model(x))
 
 
@@ -206,6 +268,8 @@ class TestEps:
         layer.eps = 2e-3
         assert isinstance(layer.eps, UnfoldableEps)
         assert copy.deepcopy(layer).eps == 2e-3
+        for other in (copy.deepcopy(layer.eps), pickle.loads(pickle.dumps(layer.eps))):
+            assert (type(other), other, other.layer) == (UnfoldableEps, 2e-3, 'UBN')
 
     def test_the_layer_uses_what_was_set(self):
         layer, other = UBN(3), UBN(3, eps=0.5)
@@ -226,8 +290,8 @@ class TestEps:
 
 
 class TestTracing:
-    @pytest.mark.parametrize('norm', [UBN, SyncUBN])
-    def test_ubn_is_one_node_and_follows_the_mode(self, norm):
+    @pytest.mark.parametrize('norm', TYPES)
+    def test_each_type_is_one_node_and_follows_the_mode(self, norm):
         model, x = trained(Net(norm)), torch.randn(2, 3, 6, 6)
         graph = torch.fx.symbolic_trace(model)
         assert ['call_module', 'bn'] in [[node.op, node.target] for node in graph.graph.nodes]

@@ -221,7 +221,7 @@ def coefficients_backward(
             dist.all_reduce(both)
             d_mean, d_var = both
         share = statistics.condensed.to(a.dtype) * size / statistics.count
-        gain = 1 if p.center_weight is None else 1 + p.center_weight
+        gain = 1 if p.center_weight is None else 1 + p.center_weight.to(a.dtype)  # not rounded to half precision
         d_m = share * (d_mean + 2 * d_var * (gain * a - mean))
         if p.center_weight is not None:
             d_center_weight = d_center_weight + (d_m * a).sum(0)

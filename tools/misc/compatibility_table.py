@@ -20,6 +20,8 @@ DOCUMENT = ROOT / 'docs' / 'compatibility.md'
 AREAS = {
     'Checkpoints': ['tests/test_checkpoints.py', 'tests/tools/test_convert_norm.py'],
     'Norm layers in OpenMMLab and PyTorch': ['tests/test_traps.py', 'tests/test_registration.py'],
+    'Every norm type': ['tests/layers/test_contract.py'],
+    'From classifier to detector': ['tests/test_pretrained.py'],
     'What would replace UBN': ['tests/test_guards.py'],
     'Parameter and FLOP counters': ['tests/test_complexity.py'],
     'Activation checkpointing': ['tests/layers/test_recomputation.py'],
