@@ -12,10 +12,11 @@ from mmubn.checkpoints import report_layouts, unwrap_model_key  # noqa: E402
 from mmubn.complexity import install_counters  # noqa: E402
 from mmubn.deploy import FoldedUBN, fold  # noqa: E402
 from mmubn.guards import install_guards  # noqa: E402
+from mmubn.kernels import backend_info  # noqa: E402
 from mmubn.layers import BNET, IEBN, RBN, UBN, SyncUBN, UnitizedBN  # noqa: E402 - only after torch is known to be there
 from mmubn.version import __version__  # noqa: E402
 
-__all__ = ['BNET', 'IEBN', 'RBN', 'UBN', 'FoldedUBN', 'SyncUBN', 'UnitizedBN', '__version__', 'fold']
+__all__ = ['BNET', 'IEBN', 'RBN', 'UBN', 'FoldedUBN', 'SyncUBN', 'UnitizedBN', '__version__', 'backend_info', 'fold']
 
 if _HAS_MMENGINE:
     from mmengine.registry import MODELS

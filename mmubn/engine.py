@@ -18,6 +18,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmubn.checkpoints import CheckpointError
+from mmubn.checks import ClassCountHook, ConfigError, check_norm_types, check_norms_used
 from mmubn.faults import end_with_launcher
 
 __all__ = [
@@ -40,13 +41,13 @@ class UsageError(Exception):
 def run_tool(main: Callable[[], None]) -> None:
     """Run the ``main`` of a tool, and end well.
 
-    A UsageError, or a checkpoint that does not fit, ends with status 2 and one line, told by the first process alone.
+    A UsageError, or a config or checkpoint that does not fit, ends with status 2 and one line, told by one process.
     """
     try:
         main()
         if torch.distributed.is_initialized():
             _leave_process_group()
-    except (UsageError, CheckpointError) as error:
+    except (UsageError, ConfigError, CheckpointError) as error:
         if os.environ.get('RANK', '0') == '0':
             print(f'error: {error}', file=sys.stderr, flush=True)
         sys.exit(2)
@@ -126,7 +127,8 @@ def check_file(path: str, what: str, remedy: str) -> None:
 
 
 DATA_REMEDY = (
-    'lay the data out as README.md says under "Data", or set {split}_dataloader.dataset.data_root with --cfg-options '
+    'lay the data out as README.md (COCO) or docs/reproduce.md (ImageNet, CIFAR) says under "Data", or set '
+    '{split}_dataloader.dataset.data_root with --cfg-options '
     '(the digits come from: python tools/dataset_converters/digits_to_coco.py data/digits)'
 )
 CHECKPOINT_REMEDY = (
@@ -193,7 +195,10 @@ def build_runner(cfg: Config) -> Runner:
 
     Raises:
         UsageError: More processes than GPUs on this machine.
+        ConfigError: A norm type that is not registered, or a network that does not use the norm it is told to. The
+            runner itself raises one, before its first iteration, where class counts differ.
     """
+    check_norm_types(cfg)
     if cfg.launcher == 'pytorch':
         end_with_launcher()
     if cfg.launcher != 'none':
@@ -203,7 +208,10 @@ def build_runner(cfg: Config) -> Runner:
             processes, gpus = int(os.environ.get('LOCAL_WORLD_SIZE', 1)), torch.cuda.device_count()
             if processes > gpus:
                 raise UsageError(f'{processes} processes were asked for on a machine with {gpus} GPUs; ask for {gpus}.')
-    return Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+    runner = Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+    check_norms_used(cfg, runner.model)
+    runner.register_hook(ClassCountHook(), priority='VERY_HIGH')
+    return runner
 
 
 # How Slurm and Open MPI name what torch.distributed reads from the environment.

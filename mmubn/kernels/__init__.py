@@ -4,6 +4,7 @@ Needs torch alone. A :class:`Backend` offers the passes over x:
 
 - ``reference``: :mod:`mmubn.functional`, plain torch, differentiated by autograd. What the others are tested against.
 - ``torch``: :mod:`mmubn.kernels.torch_ops`, with a hand-written backward that saves x and O(N C) numbers.
+- ``triton``: :mod:`mmubn.kernels.triton_kernels`, the same by kernels for NVIDIA GPUs.
 """
 
 from __future__ import annotations
@@ -11,17 +12,25 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmubn import functional as F
-from mmubn.kernels import torch_ops
+from mmubn.kernels import torch_ops, triton_kernels, triton_ops
 from mmubn.kernels.autograd import Form, Parameters, Statistics, rectified_norm, reference
 
-__all__ = ['Backend', 'Form', 'Parameters', 'Statistics', 'choose_backend', 'use_backend']
+__all__ = [
+    'Backend',
+    'Form',
+    'Parameters',
+    'Statistics',
+    'backend_info',
+    'choose_backend',
+    'name_and_reason',
+    'use_backend',
+]
 
 
 class Backend(NamedTuple):
@@ -86,31 +95,72 @@ BACKENDS = {
         _statistics,
         functools.partial(rectified_norm, torch_ops),
     ),
+    'triton': Backend(
+        'triton',
+        triton_ops.instance_means,
+        triton_ops.instance_moments,
+        triton_ops.similarity_sums,
+        triton_ops.similarity_gate,
+        triton_ops.statistics,
+        functools.partial(rectified_norm, triton_ops),
+    ),
 }
-_forced: ContextVar[str | None] = ContextVar('_forced', default=None)
+_forced: str | None = None
+# torch 2.6; before, an export looks like a compilation
+_is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within this context every layer computes by the backend ``name``, for comparisons and benchmarks."""
+    global _forced
     if name not in BACKENDS:
         raise ValueError(f'there is no backend {name!r}: expected one of {", ".join(BACKENDS)}.')
-    token = _forced.set(name)
+    before, _forced = _forced, name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def choose_backend(x: Tensor, kernel_size: int) -> Backend:
-    """The backend for an input: see :func:`backend_and_reason`."""
-    return BACKENDS[backend_and_reason(x, kernel_size)[0]]
+    """The backend for an input: see :func:`name_and_reason`."""
+    return BACKENDS[name_and_reason(x, kernel_size)[0]]
 
 
-def backend_and_reason(x: Tensor, kernel_size: int) -> tuple[str, str]:
-    """The rule. First that applies: forced, then the reference under a tracer, then Triton, then torch."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return 'reference', 'a compiler or exporter traces the layer: it fuses plain operators itself'
-    if (name := _forced.get()) is not None:
-        return name, f'use_backend({name!r})'
-    return 'torch', f'the input is on {x.device.type}'
+def name_and_reason(x: Tensor, kernel_size: int) -> tuple[str, str]:
+    """Which backend computes a layer with such an input and kernel, and why: the first that applies.
+
+    1. What :func:`use_backend` says.
+    2. ``reference`` for an exporter or a tracer, which needs plain operators.
+    3. ``triton`` where its kernels handle the input.
+    4. ``reference`` for ``torch.compile``, which fuses plain operators itself.
+    5. ``torch``.
+    """
+    if _forced is not None:
+        return _forced, f'use_backend({_forced!r})'
+    if torch.jit.is_tracing() or _is_exporting():
+        return 'reference', 'an export needs plain operators'
+    if not x.is_cuda:
+        problem = f'the Triton kernels take tensors on an NVIDIA GPU, got one on {x.device}'
+    else:
+        problem = triton_kernels.supports(x, kernel_size)
+        if problem is None:
+            return 'triton', 'the Triton kernels handle this input'
+    if torch.compiler.is_compiling():
+        return 'reference', f'{problem}, and torch.compile fuses plain operators itself'
+    return 'torch', problem
+
+
+def backend_info(layer: nn.Module, x: Tensor) -> str:
+    """Which backend a layer takes for an input such as ``x``, and why, in one line.
+
+    Args:
+        layer: A norm layer of this package.
+        x: An input, (N, C, H, W); its values do not matter, so a tensor on the meta device tells nothing of a GPU.
+
+    Example:
+        >>> mmubn.backend_info(mmubn.UBN(64), torch.zeros(2, 64, 8, 8))
+        'torch: the Triton kernels take tensors on an NVIDIA GPU, got one on cpu'
+    """
+    return ': '.join(name_and_reason(x, layer.kernel_size))

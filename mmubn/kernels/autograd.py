@@ -18,6 +18,7 @@ __all__ = [
     'Statistics',
     'coefficients',
     'coefficients_backward',
+    'gradients',
     'rectified_norm',
     'reference',
 ]
@@ -232,12 +233,15 @@ def coefficients_backward(
     slope = None if d_v is None else 2 / size * d_v
     offset = None if d_a is None else d_a / size
 
-    centre = taps.shape[1] // 2
-    d_neighbors = None
-    if p.neighbor_weight is not None:
-        d_neighbors = torch.cat([d_taps[:, :centre], d_taps[:, centre + 1 :]], dim=1)
-    gradients = Parameters(d_taps[:, centre], d_bias.sum(0), d_neighbors, d_center_weight, d_scale_weight, d_scale_bias)
-    return slope, offset, gradients
+    return slope, offset, gradients(p, d_taps, d_bias.sum(0), d_center_weight, d_scale_weight, d_scale_bias)
+
+
+def gradients(p: Parameters, d_taps: Tensor, *others: Tensor | None) -> Parameters:
+    """Gradients of the parameters that there are, from those of the taps (C, T) and of the other parameters."""
+    centre = d_taps.shape[1] // 2
+    d_neighbors = torch.cat([d_taps[:, :centre], d_taps[:, centre + 1 :]], dim=1)
+    grads = d_taps[:, centre], others[0], d_neighbors, *others[1:]
+    return Parameters(*(None if value is None else grad for value, grad in zip(p, grads, strict=True)))
 
 
 def _differentiable_backward(ctx, dy: Tensor, x: Tensor, statistics: Statistics, p: Parameters) -> list[Tensor | None]:

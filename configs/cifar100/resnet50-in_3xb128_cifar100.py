@@ -1,0 +1,2 @@
+_base_ = './resnet50-bn_3xb128_cifar100.py'
+model = dict(backbone=dict(norm_cfg=dict(type='IN', affine=True)))

@@ -1,0 +1,2 @@
+_base_ = ['mmpretrain::_base_/models/res2net50-w26-s4.py', '../_base_/imagenet_bs256_90e.py']
+model = dict(backbone=dict(norm_cfg=dict(type='BN')))

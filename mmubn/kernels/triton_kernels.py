@@ -1,0 +1,1408 @@
+"""UBN's forward and backward as GPU kernels in Triton.
+
+The functions below are the steps of :mod:`mmubn.functional`, and the same notation holds. x is the input,
+(N, C, H, W), in float32, float16 or bfloat16; everything that is not x, dy, y or dx is float32, and so is every sum.
+A depthwise kernel of k x k has T = k*k taps in row-major order; p + t is the pixel p shifted by tap t, so that the
+centre tap shifts by nothing; p = k // 2 is the padding::
+
+    forward    x ──► instance_moments ──► similarity_gate ──► statistics_coefficients ──► apply ──► y
+    backward   x, dy ──► tap_sums ──► coefficients_backward ──► input_gradient ──► dx
+
+Between a layer's input and its output only ``instance_moments``, ``apply``, ``tap_sums`` and ``input_gradient`` touch
+data of the size of x: the forward reads x twice (and the samples of the similarity once more) and writes y, the
+backward reads x and dy twice and writes dx, which is what BatchNorm moves.
+
+Each function launches its kernels at once. The operator of the same name in ``torch.ops.mmubn`` does the same and is
+what ``torch.compile`` can trace. None has a gradient of its own, writes into its input, waits for the device or uses
+atomics: the same input gives the same bits.
+
+**Layouts.** One kernel serves NCHW and channels-last. A program owns a tile of planes x pixels. In NCHW the planes of
+all samples form one list and pixels are neighbours in memory; in channels-last a tile stays within one sample and
+planes (channels) are neighbours. Any other layout is copied to one of the two first.
+
+**Reductions** run in two stages where one program per plane would leave the device idle: parts of the map first, then
+the parts in the order of their numbers.
+
+Triton is needed to launch, not to import: :func:`supports` says why an input cannot be handled.
+"""
+
+# ruff: noqa: N803 - in Triton, names in capitals are compile-time constants
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ImportError:  # the kernels below are then plain functions that nothing calls
+    triton = tl = None
+
+    def jit(function=None, **_):
+        return function or (lambda function: function)
+
+
+__all__ = [
+    'KERNEL_SIZES',
+    'apply',
+    'coefficients',
+    'coefficients_backward',
+    'input_gradient',
+    'instance_moments',
+    'similarity_gate',
+    'similarity_sums',
+    'statistics_coefficients',
+    'supports',
+    'tap_sums',
+    'update_gate',
+]
+
+KERNEL_SIZES = (1, 3, 5, 7)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# kind of scaling rectification: what sigmoid(w_v * . + w_b) is taken of
+KINDS = {None: 0, 'rectified': 1, 'instance': 2}
+
+# Programs to aim at: some for each of the about 130 multiprocessors that a large GPU has. A reduction pays for more
+# programs with more partial results to write and read; a map does not, and gains a shorter tail.
+REDUCTION_PROGRAMS = 2048
+MAP_PROGRAMS = 8192
+# Partial sums of the similarity: as many as one program adds up in one go.
+SIMILARITY_PARTS = 1024
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Helpers of the kernels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _place(samples, channels, pixels, parts, CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Which planes and which part of their pixels belong to this program.
+
+    Returns the part, and for each plane of the block its number n*C + c, whether it exists, and the offset of its first
+    pixel. Parts come first in the order of the programs: neighbouring parts share the rows around a tile in the cache.
+    """
+    planes = channels if CHANNELS_LAST else samples * channels
+    blocks = tl.cdiv(planes, BLOCK_P)
+    program = tl.program_id(0)
+    part = program % parts
+    plane = (program // parts) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    live = plane < planes
+    if CHANNELS_LAST:
+        sample = program // parts // blocks
+        index = sample * channels + plane
+        first = sample.to(tl.int64) * channels * pixels + plane
+    else:
+        index = plane
+        first = plane.to(tl.int64) * pixels
+    return part, index, live, first
+
+
+@jit
+def _inside(position, size):
+    return (position >= 0) & (position < size)
+
+
+@jit
+def _load_window(pointers, h, w, height, width, live, stride_h, stride_w, K: tl.constexpr, ROWS: tl.constexpr):
+    """ROWS rows of a map, K // 2 rows more on both sides, each row once per shift of the columns.
+
+    ``pointers`` (BLOCK_P, BLOCK_W) are those of row 0 and columns w (BLOCK_W,). Tile ``i * K + j`` holds the pixels
+    (h + i - K // 2, w + j - K // 2), so the taps of output row r are the tiles ``(r + i) * K + j``: a row is loaded K
+    times, not K * K times. All loads come before anything that waits for one.
+
+    Columns outside the map are 0. Rows outside are copies of the nearest row for :func:`_in_row` to clear: masks of
+    columns alone are K predicates, masks of both would be K * (ROWS + K - 1), more than there are registers for.
+    """
+    tiles = ()
+    for i in tl.static_range(ROWS + K - 1):
+        row = tl.minimum(tl.maximum(h + (i - K // 2), 0), height - 1)
+        row_pointers = pointers + row * stride_h
+        for j in tl.static_range(K):
+            inside = live[:, None] & _inside(w + (j - K // 2), width)[None, :]
+            tiles += (tl.load(row_pointers + (j - K // 2) * stride_w, mask=inside, other=0.0),)
+    return tiles
+
+
+@jit
+def _in_row(value, row, height):
+    """``value`` where the row, a scalar, is in the map, else 0."""
+    return tl.where(_inside(row, height), value, 0.0)
+
+
+@jit
+def _load_dy(pointers, h, w, height, width, live, stride_h, stride_w, K: tl.constexpr, ROWS: tl.constexpr):
+    """:func:`_load_window` in float32, 0 outside the map."""
+    window = _load_window(pointers, h, w, height, width, live, stride_h, stride_w, K, ROWS)
+    tiles = ()
+    for i in tl.static_range(ROWS + K - 1):
+        for j in tl.static_range(K):
+            tiles += (_in_row(window[i * K + j].to(tl.float32), h + (i - K // 2), height),)
+    return tiles
+
+
+@jit
+def _store_row(pointers, row, w, height, width, live, stride_h, value):
+    """Row ``row`` of a tile; ``pointers`` as for :func:`_load_window`."""
+    inside = live[:, None] & _inside(w, width)[None, :] & _inside(row, height)
+    tl.store(pointers + row * stride_h, value.to(pointers.dtype.element_ty), mask=inside)
+
+
+@jit
+def _load_taps(weight, channel, live, scale, K: tl.constexpr):
+    """The taps of each plane times its scale, T tensors of (BLOCK_P, 1)."""
+    taps = ()
+    for t in tl.static_range(K * K):
+        taps += ((tl.load(weight + channel * (K * K) + t, mask=live, other=0.0) * scale)[:, None],)
+    return taps
+
+
+@jit
+def _is_finite(value):
+    return tl.abs(value) < float('inf')  # false for NaN
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Instance moments
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@jit(do_not_specialize=['samples', 'rounds_per_part', 'parts'])
+def _moments_kernel(
+    x, mean_out, moment_out, origin_out, samples, channels, pixels, rounds_per_part, parts,
+    CHANNELS_LAST: tl.constexpr, UNROLL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_X: tl.constexpr,
+):  # fmt: skip
+    """``origin_out`` None: a and v. Otherwise of each part the mean relative to its origin, the squares, the origin."""
+    part, index, live, first = _place(samples, channels, pixels, parts, CHANNELS_LAST, BLOCK_P)
+    step = channels if CHANNELS_LAST else 1
+    begin = part * rounds_per_part * (UNROLL * BLOCK_X)
+    end = tl.minimum(begin + rounds_per_part * (UNROLL * BLOCK_X), pixels)
+    slot = tl.arange(0, BLOCK_X)
+
+    # All values are taken relative to the mean of the first tile, so that a large mean rounds nothing off.
+    pixel = begin + slot
+    head = tl.load(x + first[:, None] + (pixel * step)[None, :], mask=live[:, None] & (pixel < end)[None, :], other=0.0)
+    origin = tl.sum(head.to(tl.float32), axis=1) / tl.minimum(end - begin, BLOCK_X)
+
+    # Each slot of the tile follows the mean and the summed squared deviations of its own pixels (Welford), since the
+    # first tile may be unlike the others. Slot i holds the pixels i, i + BLOCK_X, ... of the part: they run out only at
+    # the end, so the count so far is the same for all slots that still count.
+    mean = tl.zeros([BLOCK_P, BLOCK_X], tl.float32)
+    moment = tl.zeros([BLOCK_P, BLOCK_X], tl.float32)
+    count = 0.0
+    for start in range(begin, end, UNROLL * BLOCK_X):
+        tiles = ()
+        for u in tl.static_range(UNROLL):
+            pixel = start + u * BLOCK_X + slot
+            inside = live[:, None] & (pixel < end)[None, :]
+            tiles += (tl.load(x + first[:, None] + (pixel * step)[None, :], mask=inside, other=0.0),)
+        for u in tl.static_range(UNROLL):
+            count += 1.0
+            share = 1.0 / count
+            inside = (start + u * BLOCK_X + slot < end)[None, :]
+            delta = tl.where(inside, tiles[u].to(tl.float32) - origin[:, None] - mean, 0.0)
+            mean += share * delta
+            moment += ((1.0 - share) * delta) * delta
+
+    # The slots together (Chan).
+    counts = tl.maximum(tl.cdiv(end - begin - slot, BLOCK_X), 0).to(tl.float32)[None, :]
+    total = (end - begin).to(tl.float32)
+    center = tl.sum(mean * counts, axis=1) / total
+    deviation = mean - center[:, None]
+    squares = tl.sum(moment + counts * deviation * deviation, axis=1)
+    if origin_out is not None:
+        index = part.to(tl.int64) * (samples * channels) + index
+        tl.store(origin_out + index, origin, mask=live)
+    else:
+        center += origin
+        squares /= total
+    tl.store(mean_out + index, center, mask=live)
+    tl.store(moment_out + index, squares, mask=live)
+
+
+@jit(do_not_specialize=['size', 'pixels', 'pixels_per_part', 'parts'])
+def _merge_moments_kernel(
+    means, moments, origins, a, v, size, pixels, pixels_per_part, parts, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Chan's rule over the parts, relative to the origin of the first."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = index < size
+    origin = tl.load(origins + index, mask=live, other=0.0)
+    mean = tl.zeros([BLOCK], tl.float32)
+    offset = index.to(tl.int64)
+    for part in range(parts):
+        share = tl.minimum(pixels - part * pixels_per_part, pixels_per_part) / pixels
+        shift = tl.load(origins + offset, mask=live, other=0.0) - origin
+        mean += share * (shift + tl.load(means + offset, mask=live, other=0.0))
+        offset += size
+    squares = tl.zeros([BLOCK], tl.float32)
+    offset = index.to(tl.int64)
+    for part in range(parts):
+        count = tl.minimum(pixels - part * pixels_per_part, pixels_per_part).to(tl.float32)
+        shift = tl.load(origins + offset, mask=live, other=0.0) - origin
+        deviation = shift + tl.load(means + offset, mask=live, other=0.0) - mean
+        squares += tl.load(moments + offset, mask=live, other=0.0) + count * deviation * deviation
+        offset += size
+    tl.store(a + index, origin + mean, mask=live)
+    tl.store(v + index, squares / pixels, mask=live)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Similarity and gate
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _inverse_norms_kernel(a, v, inverse_norm, channels, pixels, BLOCK: tl.constexpr):
+    """1 / ||f_n||, ``||f_n||^2 = HW sum_c (v + a^2)``; 0 for a sample of zeros, NaN where the norm is not finite."""
+    sample = tl.program_id(0)
+    squares = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, channels, BLOCK):
+        channel = start + tl.arange(0, BLOCK)
+        offset = sample.to(tl.int64) * channels + channel
+        mean = tl.load(a + offset, mask=channel < channels, other=0.0)
+        squares += tl.load(v + offset, mask=channel < channels, other=0.0) + mean * mean
+    square = tl.sum(squares, axis=0) * pixels
+    # Below the smallest normal number the reciprocal of the root is infinite on the device: such a sample is zeros.
+    inverse = tl.where(square >= 1.1754943508222875e-38, tl.rsqrt(square), 0.0)
+    inverse = tl.where(_is_finite(square), inverse, float('nan'))
+    tl.store(inverse_norm + sample, inverse)
+
+
+@jit(do_not_specialize=['samples', 'rounds'])
+def _similarity_kernel(x, inverse_norm, partial, samples, size, rounds, UNROLL: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of ``(sum_n f_n / ||f_n||)^2`` over this program's positions of a sample: C*H*W, in the order of memory."""
+    program = tl.program_id(0)
+    begin = program.to(tl.int64) * rounds * BLOCK
+    squares = tl.zeros([BLOCK], tl.float32)
+    for r in range(rounds):
+        position = begin + r * BLOCK + tl.arange(0, BLOCK)
+        u = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, samples, UNROLL):
+            tiles = ()
+            for i in tl.static_range(UNROLL):
+                inside = (position < size) & (start + i < samples)
+                sample = start + i
+                tiles += (tl.load(x + sample.to(tl.int64) * size + position, mask=inside, other=0.0),)
+            for i in tl.static_range(UNROLL):
+                u += tiles[i].to(tl.float32) * tl.load(inverse_norm + start + i, mask=start + i < samples, other=0.0)
+        squares += u * u
+    tl.store(partial + program, tl.sum(squares, axis=0))
+
+
+@jit(do_not_specialize=['parts', 'samples'])
+def _gate_kernel(
+    partial, inverse_norm, sums, tau, tau_out, condensed, parts, samples, momentum, threshold,
+    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The end of the similarity and the gate, one program.
+
+    ``partial`` None: the sums are there already. ``tau`` None: no gate. ``threshold`` None: always condensed.
+    """
+    if partial is not None:
+        part = tl.arange(0, BLOCK)
+        n = tl.arange(0, BLOCK_N)
+        # A sample of zeros is not among its own pairs; NaN > 0 is false, and the sum is NaN then anyway.
+        nonzero = tl.load(inverse_norm + n, mask=n < samples, other=0.0) > 0
+        total = tl.sum(tl.load(partial + part, mask=part < parts, other=0.0), axis=0)
+        total -= tl.sum(nonzero.to(tl.float32), axis=0)
+        pairs = samples.to(tl.float32) * (samples - 1).to(tl.float32)
+        if sums is not None:
+            tl.store(sums, total)
+            tl.store(sums + 1, pairs)
+    else:
+        total = tl.load(sums)
+        pairs = tl.load(sums + 1)
+    if tau is not None:
+        similarity = total / pairs
+        old = tl.load(tau)
+        new = tl.where(_is_finite(similarity), (1 - momentum) * old + momentum * similarity, old)
+        tl.store(tau_out, new)
+        if threshold is not None:
+            tl.store(condensed, new > threshold)
+        else:
+            tl.store(condensed, True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Coefficients, forward
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _load_rows(pointer, n, channel, samples, channels):
+    """(BLOCK_N, BLOCK_C) values of an (N, C) tensor; 0 outside."""
+    inside = (n < samples)[:, None] & (channel < channels)[None, :]
+    return tl.load(pointer + n.to(tl.int64)[:, None] * channels + channel[None, :], mask=inside, other=0.0)
+
+
+@jit
+def _store_rows(pointer, n, channel, samples, channels, value):
+    inside = (n < samples)[:, None] & (channel < channels)[None, :]
+    tl.store(pointer + n.to(tl.int64)[:, None] * channels + channel[None, :], value, mask=inside)
+
+
+@jit
+def _load_parameter(pointer, channel, channels):
+    return tl.load(pointer + channel, mask=channel < channels, other=0.0)
+
+
+@jit(do_not_specialize=['samples'])
+def _coefficients_kernel(
+    a, v, mean, var, condensed, center_weight, scale_weight, scale_bias,
+    center, scale, mean_out, var_out, inv_std, new_mean, new_var,
+    samples, channels, eps, momentum, correction,
+    KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """``condensed`` None: (mean, var) normalise. Otherwise they are the running statistics, beside the batch's."""
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    live = channel < channels
+    mu = _load_parameter(mean, channel, channels)
+    sigma2 = _load_parameter(var, channel, channels)
+    w_m = tl.zeros([BLOCK_C], tl.float32)
+    if center_weight is not None:
+        w_m = _load_parameter(center_weight, channel, channels)
+
+    if condensed is not None:
+        # The instance mean of x + w_m a is (1 + w_m) a: the law of total variance, in two loops, without cancellation.
+        batch_mean = tl.zeros([BLOCK_C], tl.float32)
+        batch_var = tl.zeros([BLOCK_C], tl.float32)
+        for start in range(0, samples, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            batch_mean += tl.sum(_load_rows(a, n, channel, samples, channels), axis=0)
+        batch_mean = (1 + w_m) * batch_mean / samples
+        for start in range(0, samples, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            deviation = (1 + w_m)[None, :] * _load_rows(a, n, channel, samples, channels) - batch_mean[None, :]
+            deviation = tl.where((n < samples)[:, None], deviation, 0.0)
+            batch_var += tl.sum(_load_rows(v, n, channel, samples, channels) + deviation * deviation, axis=0)
+        batch_var /= samples
+
+        take = tl.load(condensed) != 0
+        move = take & _is_finite(batch_mean) & _is_finite(batch_var)
+        moved_mean = (1 - momentum) * mu + momentum * batch_mean
+        moved_var = (1 - momentum) * sigma2 + momentum * (batch_var * correction)
+        tl.store(new_mean + channel, tl.where(move, moved_mean, mu), mask=live)
+        tl.store(new_var + channel, tl.where(move, moved_var, sigma2), mask=live)
+        mu = tl.where(take, batch_mean, mu)
+        sigma2 = tl.where(take, batch_var, sigma2)
+        tl.store(mean_out + channel, mu, mask=live)
+        tl.store(var_out + channel, sigma2, mask=live)
+
+    s = tl.rsqrt(sigma2 + eps)
+    tl.store(inv_std + channel, s, mask=live)
+    if KIND != 0:
+        w_v = _load_parameter(scale_weight, channel, channels)[None, :]
+        w_b = _load_parameter(scale_bias, channel, channels)[None, :]
+    for start in range(0, samples, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        mean_n = _load_rows(a, n, channel, samples, channels)
+        center_n = mu[None, :] - w_m[None, :] * mean_n
+        scale_n = tl.zeros([BLOCK_N, BLOCK_C], tl.float32) + s[None, :]
+        if KIND == 1:
+            scale_n *= tl.sigmoid(w_v * ((mean_n - center_n) * s[None, :]) + w_b)
+        elif KIND == 2:
+            scale_n *= tl.sigmoid(w_v * mean_n + w_b)
+        _store_rows(center, n, channel, samples, channels, center_n)
+        _store_rows(scale, n, channel, samples, channels, scale_n)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The map forward
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@jit(do_not_specialize=['samples', 'height', 'tiles_per_part', 'parts'])
+def _apply_kernel(
+    x, center, scale, weight, bias, y,
+    samples, channels, height, width, tiles_per_part, parts,
+    K: tl.constexpr, CHANNELS_LAST: tl.constexpr, SAMPLE_BIAS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    part, index, live, first = _place(samples, channels, height * width, parts, CHANNELS_LAST, BLOCK_P)
+    stride_w = channels if CHANNELS_LAST else 1
+    stride_h = width * stride_w
+    channel = index % channels
+    c = tl.load(center + index, mask=live, other=0.0)[:, None]
+    taps = _load_taps(weight, channel, live, tl.load(scale + index, mask=live, other=0.0), K)
+    beta = tl.load(bias + (index if SAMPLE_BIAS else channel), mask=live, other=0.0)[:, None]
+
+    columns = tl.cdiv(width, BLOCK_W)
+    tiles = tl.cdiv(height, ROWS) * columns
+    for tile in range(part * tiles_per_part, tl.minimum((part + 1) * tiles_per_part, tiles)):
+        h = tile // columns * ROWS
+        w = tile % columns * BLOCK_W + tl.arange(0, BLOCK_W)
+        offset = first[:, None] + (w * stride_w)[None, :]
+        window = _load_window(x + offset, h, w, height, width, live, stride_h, stride_w, K, ROWS)
+        # The padding is a zero of the normalised input, not of x: where x was loaded as 0, no center is subtracted.
+        centred = ()
+        for i in tl.static_range(ROWS + K - 1):
+            for j in tl.static_range(K):
+                center_w = tl.where(_inside(w + (j - K // 2), width)[None, :], c, 0.0)
+                difference = window[i * K + j].to(tl.float32) - center_w
+                centred += (_in_row(difference, h + (i - K // 2), height),)
+        for r in tl.static_range(ROWS):
+            value = tl.zeros([BLOCK_P, BLOCK_W], tl.float32) + beta
+            for t in tl.static_range(K * K):
+                value += taps[t] * centred[(r + t // K) * K + t % K]
+            _store_row(y + offset, h + r, w, height, width, live, stride_h, value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backward
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@jit(do_not_specialize=['samples', 'height', 'tiles_per_part', 'parts'])
+def _tap_sums_kernel(
+    x, dy, center, g_out, s_out,
+    samples, channels, height, width, tiles_per_part, parts,
+    K: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """With q = p + t, ``G_t = sum_q (x(q) - center) dy(q - t)``: x is loaded once, and outside the map dy is just 0."""
+    part, index, live, first = _place(samples, channels, height * width, parts, CHANNELS_LAST, BLOCK_P)
+    stride_w = channels if CHANNELS_LAST else 1
+    stride_h = width * stride_w
+    c = tl.load(center + index, mask=live, other=0.0)[:, None]
+    g = ()
+    s = ()
+    for _ in tl.static_range(K * K):
+        g += (tl.zeros([BLOCK_P, BLOCK_W], tl.float32),)
+        s += (tl.zeros([BLOCK_P, BLOCK_W], tl.float32),)
+
+    columns = tl.cdiv(width, BLOCK_W)
+    tiles = tl.cdiv(height, ROWS) * columns
+    for tile in range(part * tiles_per_part, tl.minimum((part + 1) * tiles_per_part, tiles)):
+        h = tile // columns * ROWS
+        w = tile % columns * BLOCK_W + tl.arange(0, BLOCK_W)
+        offset = first[:, None] + (w * stride_w)[None, :]
+        rows = _load_window(x + offset, h, w, height, width, live, stride_h, stride_w, 1, ROWS)
+        window = _load_dy(dy + offset, h, w, height, width, live, stride_h, stride_w, K, ROWS)
+        center_w = tl.where(_inside(w, width)[None, :], c, 0.0)
+        centred = ()
+        for r in tl.static_range(ROWS):
+            centred += (_in_row(rows[r].to(tl.float32) - center_w, h + r, height),)
+
+        new_g = ()
+        new_s = ()
+        for i in tl.static_range(K):
+            # dy of this tile's pixels whose neighbour i - K // 2 rows on is in the map, summed over the rows
+            neighbour = tl.zeros([BLOCK_P, BLOCK_W], tl.float32)
+            for r in tl.static_range(ROWS):
+                neighbour += _in_row(window[(r + K // 2) * K + K // 2], h + (r + i - K // 2), height)
+            for j in tl.static_range(K):
+                inside = _inside(w + (j - K // 2), width)[None, :]
+                new_s += (s[i * K + j] + tl.where(inside, neighbour, 0.0),)
+                total = g[i * K + j]
+                for r in tl.static_range(ROWS):
+                    total += centred[r] * window[(r + K - 1 - i) * K + (K - 1 - j)]
+                new_g += (total,)
+        g = new_g
+        s = new_s
+
+    index = (part.to(tl.int64) * (samples * channels) + index) * (K * K)
+    for t in tl.static_range(K * K):
+        tl.store(g_out + index + t, tl.sum(g[t], axis=1), mask=live)
+        tl.store(s_out + index + t, tl.sum(s[t], axis=1), mask=live)
+
+
+@jit(do_not_specialize=['size', 'parts'])
+def _merge_tap_sums_kernel(g_parts, s_parts, g, s, size, parts, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = index < size
+    offset = index
+    g_total = tl.zeros([BLOCK], tl.float32)
+    s_total = tl.zeros([BLOCK], tl.float32)
+    for _ in range(parts):
+        g_total += tl.load(g_parts + offset, mask=live, other=0.0)
+        s_total += tl.load(s_parts + offset, mask=live, other=0.0)
+        offset += size
+    tl.store(g + index, g_total, mask=live)
+    tl.store(s + index, s_total, mask=live)
+
+
+@jit(do_not_specialize=['samples'])
+def _coefficients_backward_kernel(
+    g, s, a, mean, inv_std, condensed, scale, weight, center_weight, scale_weight, calibrated_bias,
+    slope, offset, d_weight, d_bias, d_center_weight, d_scale_weight, d_scale_bias, d_mean, d_var,
+    samples, channels, pixels,
+    KIND: tl.constexpr, T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Names: ``d_z`` is the gradient of z; r = sigmoid(.); m = (1 + w_m) a; rstd = 1 / sqrt(var + eps)."""
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    live = channel < channels
+    tap = tl.arange(0, BLOCK_T)
+    tap_index = channel[:, None] * T + tap[None, :]
+    tap_live = live[:, None] & (tap < T)[None, :]
+    taps = tl.load(weight + tap_index, mask=tap_live, other=0.0)[None, :, :]
+    mu = _load_parameter(mean, channel, channels)[None, :]
+    # It divides, also where there is no channel.
+    rstd = tl.load(inv_std + channel, mask=live, other=1.0)[None, :]
+    w_m = tl.zeros([1, BLOCK_C], tl.float32)
+    if center_weight is not None:
+        w_m = _load_parameter(center_weight, channel, channels)[None, :]
+
+    sum_weight = tl.zeros([BLOCK_C, BLOCK_T], tl.float32)
+    sum_bias = tl.zeros([BLOCK_C], tl.float32)
+    sum_w_m = tl.zeros([BLOCK_C], tl.float32)
+    sum_w_v = tl.zeros([BLOCK_C], tl.float32)
+    sum_w_b = tl.zeros([BLOCK_C], tl.float32)
+    sum_mu = tl.zeros([BLOCK_C], tl.float32)
+    sum_rstd = tl.zeros([BLOCK_C], tl.float32)
+    for start in range(0, samples, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        inside = (n < samples)[:, None] & live[None, :]
+        row = n.to(tl.int64)[:, None] * channels + channel[None, :]
+        tap_rows = row[:, :, None] * T + tap[None, None, :]
+        tap_inside = inside[:, :, None] & (tap < T)[None, None, :]
+        g_n = tl.load(g + tap_rows, mask=tap_inside, other=0.0)
+        s_n = tl.load(s + tap_rows, mask=tap_inside, other=0.0)
+        a_n = tl.load(a + row, mask=inside, other=0.0)
+        scale_n = tl.load(scale + row, mask=inside, other=0.0)
+
+        r = scale_n / rstd
+        d_scale = tl.sum(taps * g_n, axis=2)
+        d_center = -scale_n * tl.sum(taps * s_n, axis=2)
+        d_r = d_scale * rstd
+        d_rstd = d_scale * r
+        d_bias_n = tl.sum(tl.where((tap == T // 2)[None, None, :], s_n, 0.0), axis=2)
+        if calibrated_bias is not None:
+            d_r += d_bias_n * _load_parameter(calibrated_bias, channel, channels)[None, :]
+            d_bias_n *= r
+
+        # center = mu - w_m a
+        d_mu = d_center
+        d_w_m = -d_center * a_n
+        d_a = -w_m * d_center
+        if KIND != 0:
+            w_v = _load_parameter(scale_weight, channel, channels)[None, :]
+            d_logit = d_r * r * (1 - r)
+            d_stat = d_logit * w_v
+            sum_w_b += tl.sum(d_logit, axis=0)
+            if KIND == 1:
+                # stat = (m - mu) / sqrt(.)
+                deviation = tl.where(inside, (1 + w_m) * a_n - mu, 0.0)
+                sum_w_v += tl.sum(d_logit * deviation * rstd, axis=0)
+                d_rstd += d_stat * deviation
+                d_m = d_stat * rstd
+                d_mu -= d_m
+                d_w_m += d_m * a_n
+                d_a += (1 + w_m) * d_m
+            else:
+                sum_w_v += tl.sum(d_logit * a_n, axis=0)
+                d_a += d_stat
+        sum_weight += tl.sum(scale_n[:, :, None] * g_n, axis=0)
+        sum_bias += tl.sum(d_bias_n, axis=0)
+        sum_w_m += tl.sum(d_w_m, axis=0)
+        sum_mu += tl.sum(d_mu, axis=0)
+        sum_rstd += tl.sum(d_rstd, axis=0)
+        tl.store(offset + row, d_a / pixels, mask=inside)
+
+    rstd = tl.load(inv_std + channel, mask=live, other=1.0)
+    sum_var = sum_rstd * (-0.5 * rstd * rstd * rstd)
+    tl.store(d_mean + channel, sum_mu, mask=live)
+    tl.store(d_var + channel, sum_var, mask=live)
+
+    # mu = mean_n m and var = mean_n (v + (m - mu)^2), where the statistics are the batch's.
+    take = 0.0
+    if condensed is not None:
+        take = (tl.load(condensed) != 0).to(tl.float32)
+    sum_mu = (take * sum_mu / samples)[None, :]
+    sum_var = (take * sum_var / samples)[None, :]
+    # A thread may read what another thread of its program wrote.
+    tl.debug_barrier()
+    for start in range(0, samples, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        inside = (n < samples)[:, None] & live[None, :]
+        row = n.to(tl.int64)[:, None] * channels + channel[None, :]
+        a_n = tl.load(a + row, mask=inside, other=0.0)
+        d_m = sum_mu + 2 * sum_var * ((1 + w_m) * a_n - mu)
+        sum_w_m += tl.sum(d_m * a_n, axis=0)
+        d_a = tl.load(offset + row, mask=inside, other=0.0)
+        tl.store(offset + row, d_a + (1 + w_m) * d_m / pixels, mask=inside)
+        tl.store(slope + row, tl.zeros_like(a_n) + 2 * sum_var / pixels, mask=inside)
+
+    tl.store(d_weight + tap_index, sum_weight, mask=tap_live)
+    tl.store(d_bias + channel, sum_bias, mask=live)
+    if center_weight is not None:
+        tl.store(d_center_weight + channel, sum_w_m, mask=live)
+    if KIND != 0:
+        tl.store(d_scale_weight + channel, sum_w_v, mask=live)
+        tl.store(d_scale_bias + channel, sum_w_b, mask=live)
+
+
+@jit(do_not_specialize=['samples', 'height', 'tiles_per_part', 'parts'])
+def _input_gradient_kernel(
+    dy, x, a, scale, weight, slope, offset, dx,
+    samples, channels, height, width, tiles_per_part, parts,
+    K: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    part, index, live, first = _place(samples, channels, height * width, parts, CHANNELS_LAST, BLOCK_P)
+    stride_w = channels if CHANNELS_LAST else 1
+    stride_h = width * stride_w
+    mean = tl.load(a + index, mask=live, other=0.0)[:, None]
+    slope_n = tl.load(slope + index, mask=live, other=0.0)[:, None]
+    offset_n = tl.load(offset + index, mask=live, other=0.0)[:, None]
+    taps = _load_taps(weight, index % channels, live, tl.load(scale + index, mask=live, other=0.0), K)
+
+    columns = tl.cdiv(width, BLOCK_W)
+    tiles = tl.cdiv(height, ROWS) * columns
+    for tile in range(part * tiles_per_part, tl.minimum((part + 1) * tiles_per_part, tiles)):
+        h = tile // columns * ROWS
+        w = tile % columns * BLOCK_W + tl.arange(0, BLOCK_W)
+        pixel = first[:, None] + (w * stride_w)[None, :]
+        rows = _load_window(x + pixel, h, w, height, width, live, stride_h, stride_w, 1, ROWS)
+        window = _load_dy(dy + pixel, h, w, height, width, live, stride_h, stride_w, K, ROWS)
+        for r in tl.static_range(ROWS):
+            value = slope_n * (rows[r].to(tl.float32) - mean) + offset_n
+            for t in tl.static_range(K * K):
+                # p - t is the mirrored tap
+                value += taps[K * K - 1 - t] * window[(r + t // K) * K + t % K]
+            _store_row(dx + pixel, h + r, w, height, width, live, stride_h, value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launches: inputs and block sizes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _interpreted() -> bool:
+    """Whether the kernels were defined for Triton's interpreter (TRITON_INTERPRET=1), which takes CPU tensors."""
+    return triton is not None and not isinstance(_apply_kernel, triton.JITFunction)
+
+
+def supports(x: Tensor, kernel_size: int = 1) -> str | None:
+    """Why these kernels cannot handle ``x`` with a ``kernel_size`` x ``kernel_size`` kernel; None where they can.
+
+    An input of any strides is fine: one that is dense in neither layout is copied first.
+    """
+    if triton is None:
+        return 'Triton is not installed'
+    if x.dim() != 4:
+        return f'the kernels take (N, C, H, W), got {x.dim()} dimensions'
+    if x.dtype not in DTYPES:
+        return f'the kernels take float32, float16 and bfloat16, got {x.dtype}'
+    if kernel_size not in KERNEL_SIZES:
+        return f'the kernels take kernel sizes 1, 3, 5 and 7, got {kernel_size}'
+    if x.numel() == 0:
+        return 'the kernels take an input with elements'
+    # Planes, and offsets within a sample, are counted in int32, a block beyond the end included; x may be larger.
+    samples, channels, height, width = x.shape
+    if max(samples * channels, channels * max(height * width, 7 * 7)) >= 2**30:
+        return f'the kernels take samples of fewer than 2^30 values and as many planes, got {tuple(x.shape)}'
+    return _lacking(x.device)
+
+
+def _lacking(device: torch.device) -> str | None:
+    """Why kernels cannot be launched for tensors of this device; None where they can."""
+    if triton is None:
+        return 'Triton is not installed'
+    if _interpreted():
+        return None
+    if device.type != 'cuda' or torch.version.hip is not None:
+        return f'the kernels take tensors on an NVIDIA GPU, got one on {device}'
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return 'the kernels need a GPU of compute capability 8.0 or later'
+    return None
+
+
+def _check_device(device: torch.device) -> None:
+    if (problem := _lacking(device)) is not None:
+        _fail(f'{problem}.')
+
+
+def _fail(message: str) -> NoReturn:
+    raise ValueError(f'mmubn kernels: {message}')
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """``x`` in NCHW or channels-last memory, whichever is nearer to its strides."""
+    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    near = x.dim() == 4 and x.stride(1) == 1 and x.stride(3) != 1
+    return x.contiguous(memory_format=torch.channels_last if near else torch.contiguous_format)
+
+
+def _input(x: Tensor, kernel_size: int = 1) -> Tensor:
+    if (problem := supports(x, kernel_size)) is not None:
+        _fail(f'{problem}.')
+    return _dense(x)
+
+
+def _beside(dy: Tensor, x: Tensor) -> Tensor:
+    """``dy`` in the memory format of the dense ``x``."""
+    for name in ('shape', 'dtype', 'device'):
+        if getattr(dy, name) != getattr(x, name):
+            _fail(f'dy must have the {name} of x, {getattr(x, name)}, got {getattr(dy, name)}.')
+    return dy.contiguous(memory_format=torch.channels_last if _is_channels_last(x) else torch.contiguous_format)
+
+
+def _float32(value: Tensor | None, name: str, device: torch.device, *shape: int) -> Tensor | None:
+    """A coefficient as the kernels read it."""
+    if value is None:
+        return None
+    if value.shape != shape:
+        _fail(f'{name} must have shape {shape}, got {tuple(value.shape)}.')
+    if value.device != device:
+        _fail(f'{name} must be on {device}, got {value.device}.')
+    return value.float().contiguous()
+
+
+def _condensed(condensed: Tensor | None, device: torch.device) -> Tensor | None:
+    if condensed is not None and (condensed.dtype != torch.bool or condensed.numel() != 1):
+        _fail(f'condensed must be one bool, got {condensed.dtype} of shape {tuple(condensed.shape)}.')
+    if condensed is not None and condensed.device != device:
+        _fail(f'condensed must be on {device}, got {condensed.device}.')
+    return condensed
+
+
+def _kind(kind: str | None, scale_weight: Tensor | None, scale_bias: Tensor | None) -> int:
+    if kind not in KINDS:
+        _fail(f'kind must be None, rectified or instance, got {kind!r}.')
+    if not (kind is None) == (scale_weight is None) == (scale_bias is None):
+        _fail('kind, scale_weight and scale_bias come together.')
+    return KINDS[kind]
+
+
+def _number(value: float, name: str) -> float:
+    if not isinstance(value, int | float):  # float() of a tensor would wait for the device
+        _fail(f'{name} must be a number, got {type(value).__name__}.')
+    return float(value)
+
+
+def _kernel_size(weight: Tensor) -> int:
+    size = math.isqrt(weight.shape[-1])
+    if weight.dim() != 2 or size * size != weight.shape[1]:
+        _fail(f'weight must be (C, k*k), got {tuple(weight.shape)}.')
+    return size
+
+
+def _power(value: int) -> int:
+    """The smallest power of two that is not below ``value``."""
+    return 1 << (value - 1).bit_length()
+
+
+def _ceil(value: int, divisor: int) -> int:
+    return -(-value // divisor)
+
+
+def _launch(kernel, programs: int, device: torch.device, *arguments, num_warps: int = 4, **constants) -> None:
+    if device.type == 'cuda' and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[(programs,)](*arguments, num_warps=num_warps, **constants)
+    else:
+        kernel[(programs,)](*arguments, num_warps=num_warps, **constants)
+
+
+class _Tiling:
+    """How programs share the planes and the pixels of a map in a kernel that needs a pixel's k x k neighbourhood.
+
+    A thread's share of a row of a tile is what it may load at once. In NCHW that is one pixel: the columns beside it
+    start at any address. In channels-last it is two channels, or one for a large kernel: taps and window are registers.
+    With k = 1 there is no neighbourhood, the map is one long row, and a thread loads 16 bytes.
+    """
+
+    def __init__(self, shape: torch.Size, channels_last: bool, bytes_each: int, k: int, programs: int) -> None:
+        samples, channels, height, width = shape
+        if k == 1:
+            height, width = 1, height * width
+        self.channels_last = channels_last
+        planes = channels if self.channels_last else samples * channels
+        if self.channels_last:
+            vector = {1: 16 // bytes_each, 3: 2, 5: 2, 7: 1}[k]
+            self.block_p = min(_power(channels), (128 if k <= 3 else 64) // bytes_each)
+            # The widest of those that cover a row with the fewest columns to spare.
+            choices = {min(choice, _power(width)) for choice in ((64,) if k == 1 else (16, 8))}
+            self.block_w = min(choices, key=lambda block: (_ceil(width, block) * block, -block))
+        else:
+            # With neighbours, a row of a plane is one warp's, so that it adds up its sums by itself.
+            vector = 16 // bytes_each if k == 1 else 1
+            self.block_w = min(_power(width), 1024 if k == 1 else 32)
+            self.block_p = min(_power(planes), max(1, 128 * vector // self.block_w))
+        self.num_warps = min(16, _power(max(1, self.block_p * self.block_w // (32 * vector))))
+        # Rows of a tile: 8 or a little fewer, so that small maps divide into them; a large kernel needs a large window.
+        rows = 8 if k <= 3 else 4
+        self.rows = _ceil(height, _ceil(height, rows)) if height <= 8 * rows else rows
+
+        tiles = _ceil(height, self.rows) * _ceil(width, self.block_w)
+        groups = _ceil(planes, self.block_p) * (samples if self.channels_last else 1)
+        self.tiles_per_part = _ceil(tiles, min(tiles, _ceil(programs, groups)))
+        self.parts = _ceil(tiles, self.tiles_per_part)
+        self.programs = groups * self.parts
+        self.arguments = (samples, channels, height, width, self.tiles_per_part, self.parts)
+        self.constants = dict(
+            K=k,
+            CHANNELS_LAST=self.channels_last,
+            ROWS=self.rows,
+            BLOCK_P=self.block_p,
+            BLOCK_W=self.block_w,
+            num_warps=self.num_warps,
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def _cached_tiling(*arguments) -> _Tiling:
+    return _Tiling(*arguments)
+
+
+def _tiling(x: Tensor, k: int, programs: int) -> _Tiling:
+    return _cached_tiling(x.shape, _is_channels_last(x), x.element_size(), k, programs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The functions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel of every sample.
+
+    ``a[n, c] = mean_hw x[n, c]`` and ``v[n, c] = mean_hw (x[n, c] - a[n, c])^2``, in one read of x.
+
+    Args:
+        x: Input, (N, C, H, W).
+
+    Returns:
+        ``(a, v)``, each (N, C), float32.
+    """
+    x = _input(x)
+    samples, channels, height, width = x.shape
+    pixels = height * width
+    channels_last = _is_channels_last(x)
+    planes = channels if channels_last else samples * channels
+    if channels_last:
+        block_p = min(_power(channels), 128 // x.element_size())
+        block_x = min(_power(pixels), 1024 // block_p)
+    else:
+        block_x = min(_power(pixels), 1024)
+        block_p = min(_power(planes), 1024 // block_x)
+    unroll = min(4, _power(_ceil(pixels, block_x)))
+    groups = _ceil(planes, block_p) * (samples if channels_last else 1)
+    rounds = _ceil(pixels, unroll * block_x)
+    rounds_per_part = _ceil(rounds, min(rounds, _ceil(REDUCTION_PROGRAMS, groups)))
+    parts = _ceil(rounds, rounds_per_part)
+
+    a = x.new_empty((samples, channels), dtype=torch.float32)
+    v = torch.empty_like(a)
+    outputs = (a, v, None) if parts == 1 else a.new_empty((3, parts, samples, channels)).unbind()
+    _launch(
+        _moments_kernel, groups * parts, x.device,
+        x, *outputs, samples, channels, pixels, rounds_per_part, parts,
+        CHANNELS_LAST=channels_last, UNROLL=unroll, BLOCK_P=block_p, BLOCK_X=block_x,
+    )  # fmt: skip
+    if parts > 1:
+        size = samples * channels
+        _launch(
+            _merge_moments_kernel, _ceil(size, 128), x.device,
+            *outputs, a, v, size, pixels, rounds_per_part * unroll * block_x, parts, BLOCK=128,
+        )  # fmt: skip
+    return a, v
+
+
+def _similarity_parts(x: Tensor, a: Tensor, v: Tensor, max_samples: int) -> tuple[Tensor, Tensor, int, int]:
+    """Partial sums of ``||sum_n f_n / ||f_n|| ||^2``, the reciprocal norms, and how many there are of each."""
+    x = _input(x)
+    if max_samples < 1:
+        _fail(f'max_samples must be at least 1, got {max_samples}.')
+    samples, channels, height, width = x.shape
+    a = _float32(a, 'a', x.device, samples, channels)
+    v = _float32(v, 'v', x.device, samples, channels)
+    samples = min(samples, max_samples)
+    size = channels * height * width
+    block = min(_power(size), 1024)
+    rounds = _ceil(_ceil(size, block), SIMILARITY_PARTS)
+    parts = _ceil(size, block * rounds)
+    inverse_norm = a.new_empty(samples)
+    partial = a.new_empty(parts)
+    _launch(
+        _inverse_norms_kernel, samples, x.device,
+        a, v, inverse_norm, channels, float(height * width), BLOCK=min(_power(channels), 1024),
+    )  # fmt: skip
+    _launch(
+        _similarity_kernel, parts, x.device,
+        x, inverse_norm, partial, samples, size, rounds, UNROLL=min(_power(samples), 8), BLOCK=block,
+    )  # fmt: skip
+    return partial, inverse_norm, parts, samples
+
+
+def similarity_sums(x: Tensor, a: Tensor, v: Tensor, max_samples: int) -> Tensor:
+    """Sum of the cosine similarities over all ordered pairs of different samples, and the number of these pairs.
+
+    ``||sum_n f_n / ||f_n|| ||^2 - #{n: ||f_n|| > 0}`` over ``n' (n' - 1)`` pairs, with f_n the flattened sample n,
+    ``||f_n||^2 = HW sum_c (v + a^2)``, and n the first ``n' = min(N, max_samples)`` samples. A sample of zeros has
+    similarity 0 to every other.
+
+    Args:
+        x: Input, (N, C, H, W). Its first n' samples are read.
+        a: Instance means of x, (N, C).
+        v: Instance variances of x, (N, C).
+        max_samples: At least 1.
+
+    Returns:
+        ``(sum, number)``, (2,), float32. The sum is NaN where a norm is not finite.
+    """
+    partial, inverse_norm, parts, samples = _similarity_parts(x, a, v, max_samples)
+    sums = a.new_empty(2, dtype=torch.float32)
+    _launch(
+        _gate_kernel, 1, x.device,
+        partial, inverse_norm, sums, None, None, None, parts, samples, 0.0, 0.0,
+        BLOCK=_power(parts), BLOCK_N=_power(samples),
+    )  # fmt: skip
+    return sums
+
+
+def similarity_gate(
+    x: Tensor,
+    a: Tensor,
+    v: Tensor,
+    max_samples: int,
+    running_similarity: Tensor,
+    momentum: float,
+    threshold: float | None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`similarity_sums` and :func:`update_gate` in one, in one launch fewer."""
+    partial, inverse_norm, parts, samples = _similarity_parts(x, a, v, max_samples)
+    tau = _float32(running_similarity, 'running_similarity', x.device)
+    momentum = _number(momentum, 'momentum')
+    threshold = None if threshold is None else _number(threshold, 'threshold')
+    new_tau, condensed = torch.empty_like(tau), torch.empty_like(tau, dtype=torch.bool)
+    _launch(
+        _gate_kernel, 1, x.device,
+        partial, inverse_norm, None, tau, new_tau, condensed, parts, samples, momentum, threshold,
+        BLOCK=_power(parts), BLOCK_N=_power(samples),
+    )  # fmt: skip
+    return new_tau, condensed
+
+
+def update_gate(
+    sums: Tensor, running_similarity: Tensor, momentum: float, threshold: float | None
+) -> tuple[Tensor, Tensor]:
+    """The running similarity after one batch, and whether the features are condensed.
+
+    ``tau' = (1 - m) tau + m s`` with ``s = sum / number`` where that is finite, else tau; ``condensed = tau' > T``.
+
+    Args:
+        sums: ``(sum, number)`` of :func:`similarity_sums`, (2,).
+        running_similarity: tau, 0-d.
+        momentum: m.
+        threshold: T. None turns the gate off: always condensed.
+
+    Returns:
+        ``(tau', condensed)``: new 0-d tensors, float32 and bool.
+    """
+    _check_device(sums.device)
+    sums = _float32(sums, 'sums', sums.device, 2)
+    tau = _float32(running_similarity, 'running_similarity', sums.device)
+    momentum = _number(momentum, 'momentum')
+    threshold = None if threshold is None else _number(threshold, 'threshold')
+    new_tau, condensed = torch.empty_like(tau), torch.empty_like(tau, dtype=torch.bool)
+    _launch(
+        _gate_kernel, 1, sums.device,
+        None, None, sums, tau, new_tau, condensed, 0, 0, momentum, threshold, BLOCK=1, BLOCK_N=1,
+    )  # fmt: skip
+    return new_tau, condensed
+
+
+def statistics_coefficients(
+    a: Tensor,
+    v: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    condensed: Tensor,
+    count: int,
+    eps: float,
+    momentum: float,
+    center_weight: Tensor | None,
+    scale_weight: Tensor | None,
+    scale_bias: Tensor | None,
+    kind: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The statistics of one batch, what becomes of the running statistics, and the coefficients of :func:`apply`.
+
+    With ``m = (1 + w_m) a``: ``mu_B = mean_n m`` and ``var_B = mean_n v + mean_n (m - mu_B)^2``. ``(mu, var)`` is
+    ``(mu_B, var_B)`` where condensed, else the running statistics. Then, as in :func:`coefficients`,
+    ``s = 1 / sqrt(var + eps)``, ``center = mu - w_m a``, ``scale = r s`` with ``r = sigmoid(w_v stat + w_b)``.
+    Where condensed, and mu_B and var_B are finite,
+    ``running <- (1 - momentum) running + momentum (mu_B, count / (count - 1) var_B)``.
+
+    Args:
+        a: Instance means, (N, C).
+        v: Instance variances, (N, C).
+        running_mean: (C,).
+        running_var: (C,).
+        condensed: 0-d bool.
+        count: Values per channel, N * H * W.
+        eps: Added to the variance.
+        momentum: Of the running statistics.
+        center_weight: w_m, (C,). None for 0.
+        scale_weight: w_v, (C,). None, with ``scale_bias``, for r = 1.
+        scale_bias: w_b, (C,).
+        kind: What stat is: 'rectified', ``(m - mu) s``, or 'instance', a. None without scaling.
+
+    Returns:
+        ``(center, scale, mu, var, s, running_mean, running_var)``: (N, C) the first two, (C,) the others; float32.
+    """
+    return _coefficients(
+        a, v, running_mean, running_var, condensed, count, eps, momentum, center_weight, scale_weight, scale_bias, kind
+    )
+
+
+def coefficients(
+    a: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    center_weight: Tensor | None,
+    scale_weight: Tensor | None,
+    scale_bias: Tensor | None,
+    kind: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The coefficients of :func:`apply` for given statistics: :func:`statistics_coefficients` without the batch's.
+
+    Args:
+        a: Instance means, (N, C).
+        mean: mu, (C,).
+        var: (C,).
+        eps: Added to the variance.
+        center_weight: w_m, (C,). None for 0.
+        scale_weight: w_v, (C,). None, with ``scale_bias``, for r = 1.
+        scale_bias: w_b, (C,).
+        kind: 'rectified', 'instance' or None.
+
+    Returns:
+        ``(center, scale, s)``: (N, C), (N, C) and (C,), float32.
+    """
+    center, scale, _, _, inv_std, _, _ = _coefficients(
+        a, None, mean, var, None, 0, eps, 0.0, center_weight, scale_weight, scale_bias, kind
+    )
+    return center, scale, inv_std
+
+
+def _coefficients(
+    a, v, mean, var, condensed, count, eps, momentum, center_weight, scale_weight, scale_bias, kind
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    _check_device(a.device)
+    if a.dim() != 2 or a.numel() == 0:
+        _fail(f'a must be (N, C) with elements, got {tuple(a.shape)}.')
+    samples, channels = a.shape
+    device = a.device
+    kind = _kind(kind, scale_weight, scale_bias)
+    a = _float32(a, 'a', device, samples, channels)
+    v = _float32(v, 'v', device, samples, channels)
+    parameters = [
+        _float32(value, name, device, channels)
+        for name, value in (
+            ('mean', mean),
+            ('var', var),
+            ('center_weight', center_weight),
+            ('scale_weight', scale_weight),
+            ('scale_bias', scale_bias),
+        )
+    ]
+    condensed = _condensed(condensed, device)
+    center, scale, inv_std = torch.empty_like(a), torch.empty_like(a), a.new_empty(channels)
+    mean_out = var_out = new_mean = new_var = None
+    if condensed is not None:
+        mean_out, var_out, new_mean, new_var = (a.new_empty(channels) for _ in range(4))
+    block_n = min(_power(samples), 64)
+    block_c = min(_power(channels), max(8, 256 // block_n))
+    _launch(
+        _coefficients_kernel, _ceil(channels, block_c), device,
+        a, v, *parameters[:2], condensed, *parameters[2:], center, scale, mean_out, var_out, inv_std, new_mean, new_var,
+        samples, channels, _number(eps, 'eps'), _number(momentum, 'momentum'), count / max(count - 1, 1),
+        KIND=kind, BLOCK_N=block_n, BLOCK_C=block_c,
+    )  # fmt: skip
+    return center, scale, mean_out, var_out, inv_std, new_mean, new_var
+
+
+def apply(x: Tensor, center: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The normalisation and the affine step: ``y(p) = sum_t weight_t z(p + t) + bias``, ``z = (x - center) * scale``.
+
+    z is 0 outside the map.
+
+    Args:
+        x: Input, (N, C, H, W).
+        center: (N, C).
+        scale: (N, C).
+        weight: (C, T).
+        bias: (C,), or (N, C).
+
+    Returns:
+        y, in the shape, dtype and memory format of x.
+    """
+    k = _kernel_size(weight)
+    x = _input(x, k)
+    samples, channels = x.shape[:2]
+    center = _float32(center, 'center', x.device, samples, channels)
+    scale = _float32(scale, 'scale', x.device, samples, channels)
+    weight = _float32(weight, 'weight', x.device, channels, k * k)
+    sample_bias = bias.dim() == 2
+    bias = _float32(bias, 'bias', x.device, *((samples, channels) if sample_bias else (channels,)))
+    y = torch.empty_like(x)
+    tiling = _tiling(x, k, MAP_PROGRAMS)
+    _launch(
+        _apply_kernel, tiling.programs, x.device,
+        x, center, scale, weight, bias, y, *tiling.arguments, SAMPLE_BIAS=sample_bias, **tiling.constants,
+    )  # fmt: skip
+    return y
+
+
+def tap_sums(x: Tensor, dy: Tensor, center: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
+    """The sums over the map that all gradients of the parameters and statistics follow from.
+
+    ``G[n, c, t] = sum_p (x(p + t) - center) dy(p)`` and ``S[n, c, t] = sum_p dy(p)``, both over the p of the map with
+    p + t in the map, in one read of x and dy.
+
+    Args:
+        x: Input, (N, C, H, W).
+        dy: Gradient of y, in the shape and dtype of x.
+        center: (N, C).
+        kernel_size: k.
+
+    Returns:
+        ``(G, S)``, each (N, C, T), float32.
+    """
+    x = _input(x, kernel_size)
+    dy = _beside(dy, x)
+    samples, channels = x.shape[:2]
+    taps = kernel_size * kernel_size
+    center = _float32(center, 'center', x.device, samples, channels)
+    g = center.new_empty((samples, channels, taps))
+    s = torch.empty_like(g)
+    tiling = _tiling(x, kernel_size, REDUCTION_PROGRAMS)
+    outputs = (g, s) if tiling.parts == 1 else g.new_empty((2, tiling.parts, samples, channels, taps)).unbind()
+    _launch(
+        _tap_sums_kernel, tiling.programs, x.device,
+        x, dy, center, *outputs, *tiling.arguments, **tiling.constants,
+    )  # fmt: skip
+    if tiling.parts > 1:
+        size = g.numel()
+        _launch(
+            _merge_tap_sums_kernel, _ceil(size, 256), x.device, *outputs, g, s, size, tiling.parts, BLOCK=256
+        )  # fmt: skip
+    return g, s
+
+
+def coefficients_backward(
+    g: Tensor,
+    s: Tensor,
+    a: Tensor,
+    mean: Tensor,
+    inv_std: Tensor,
+    condensed: Tensor | None,
+    scale: Tensor,
+    weight: Tensor,
+    center_weight: Tensor | None,
+    scale_weight: Tensor | None,
+    calibrated_bias: Tensor | None,
+    kind: str | None,
+    pixels: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the parameters, and the coefficients of :func:`input_gradient`, from :func:`tap_sums`.
+
+    Args:
+        g: G, (N, C, T).
+        s: S, (N, C, T).
+        a: Instance means, (N, C).
+        mean: mu, the mean that normalised, (C,).
+        inv_std: ``1 / sqrt(var + eps)``, (C,).
+        condensed: Whether mu and var were the batch's and so depend on x: 0-d bool. None for False.
+        scale: (N, C), of the forward.
+        weight: (C, T).
+        center_weight: w_m, (C,), or None.
+        scale_weight: w_v, (C,), or None.
+        calibrated_bias: beta, (C,), where the bias was ``r beta``; None where it was beta.
+        kind: 'rectified', 'instance' or None.
+        pixels: H * W.
+
+    Returns:
+        ``(slope, offset, d_weight, d_bias, d_center_weight, d_scale_weight, d_scale_bias, d_mean, d_var)``: slope and
+        offset (N, C), d_weight (C, T), the others (C,), and (0,) the gradients of parameters that are None; float32.
+        d_mean and d_var are the gradients of mu and var, also where these do not depend on x.
+    """
+    _check_device(g.device)
+    if g.dim() != 3 or g.numel() == 0:
+        _fail(f'g must be (N, C, T) with elements, got {tuple(g.shape)}.')
+    samples, channels, taps = g.shape
+    device = g.device
+    kind_code = _kind(kind, scale_weight, scale_weight)
+    g = _float32(g, 'g', device, samples, channels, taps)
+    s = _float32(s, 's', device, samples, channels, taps)
+    a = _float32(a, 'a', device, samples, channels)
+    scale = _float32(scale, 'scale', device, samples, channels)
+    weight = _float32(weight, 'weight', device, channels, taps)
+    mean, inv_std, center_weight, scale_weight, calibrated_bias = (
+        _float32(value, name, device, channels)
+        for name, value in (
+            ('mean', mean),
+            ('inv_std', inv_std),
+            ('center_weight', center_weight),
+            ('scale_weight', scale_weight),
+            ('calibrated_bias', calibrated_bias),
+        )
+    )
+    condensed = _condensed(condensed, device)
+    outputs = _empty_gradients(a, taps, center_weight, scale_weight)
+    block_c = min(_power(channels), 8)
+    block_t = _power(taps)
+    block_n = min(_power(samples), 64, 4096 // (block_c * block_t))
+    _launch(
+        _coefficients_backward_kernel, _ceil(channels, block_c), device,
+        g, s, a, mean, inv_std, condensed, scale, weight, center_weight, scale_weight, calibrated_bias, *outputs,
+        samples, channels, float(pixels),
+        KIND=kind_code, T=taps, BLOCK_N=block_n, BLOCK_C=block_c, BLOCK_T=block_t, num_warps=8,
+    )  # fmt: skip
+    return outputs
+
+
+def _empty_gradients(a: Tensor, taps: int, center_weight: Tensor | None, scale_weight: Tensor | None):
+    channels = a.shape[1]
+    shapes = [
+        a.shape,
+        a.shape,
+        (channels, taps),
+        channels,
+        channels if center_weight is not None else 0,
+        channels if scale_weight is not None else 0,
+        channels if scale_weight is not None else 0,
+        channels,
+        channels,
+    ]
+    return tuple(a.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+def input_gradient(
+    dy: Tensor, x: Tensor, a: Tensor, scale: Tensor, weight: Tensor, slope: Tensor, offset: Tensor
+) -> Tensor:
+    """``dx(p) = scale sum_t weight_t dy(p - t) + slope (x(p) - a) + offset``, dy being 0 outside the map.
+
+    Args:
+        dy: Gradient of y, in the shape and dtype of x.
+        x: Input, (N, C, H, W).
+        a: Instance means, (N, C).
+        scale: (N, C).
+        weight: (C, T).
+        slope: (N, C).
+        offset: (N, C).
+
+    Returns:
+        dx, in the shape, dtype and memory format of x.
+    """
+    k = _kernel_size(weight)
+    x = _input(x, k)
+    dy = _beside(dy, x)
+    samples, channels = x.shape[:2]
+    a, scale, slope, offset = (
+        _float32(value, name, x.device, samples, channels)
+        for name, value in (('a', a), ('scale', scale), ('slope', slope), ('offset', offset))
+    )
+    weight = _float32(weight, 'weight', x.device, channels, k * k)
+    dx = torch.empty_like(x)
+    tiling = _tiling(x, k, MAP_PROGRAMS)
+    _launch(
+        _input_gradient_kernel, tiling.programs, x.device,
+        dy, x, a, scale, weight, slope, offset, dx, *tiling.arguments, **tiling.constants,
+    )  # fmt: skip
+    return dx
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operators: the same for torch.compile
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _rows(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape, dtype=torch.float32)
+
+
+def _fake_gate(tau: Tensor) -> tuple[Tensor, Tensor]:
+    return tau.new_empty((), dtype=torch.float32), tau.new_empty((), dtype=torch.bool)
+
+
+def _fake_coefficients(a: Tensor, vectors: int) -> tuple[Tensor, ...]:
+    return _rows(a, *a.shape), _rows(a, *a.shape), *(_rows(a, a.shape[1]) for _ in range(vectors))
+
+
+def _fake_tap_sums(x, dy, center, kernel_size):
+    shape = (*x.shape[:2], kernel_size * kernel_size)
+    return _rows(x, *shape), _rows(x, *shape)
+
+
+# name, schema, and what stands in for the function while torch.compile traces
+_OPERATORS = (
+    (
+        instance_moments,
+        '(Tensor x) -> (Tensor, Tensor)',
+        lambda x: (_rows(x, *x.shape[:2]), _rows(x, *x.shape[:2])),
+    ),
+    (
+        similarity_sums,
+        '(Tensor x, Tensor a, Tensor v, int max_samples) -> Tensor',
+        lambda x, a, v, max_samples: _rows(x, 2),
+    ),
+    (
+        similarity_gate,
+        '(Tensor x, Tensor a, Tensor v, int max_samples, Tensor running_similarity, float momentum, float? threshold)'
+        ' -> (Tensor, Tensor)',
+        lambda x, a, v, max_samples, running_similarity, momentum, threshold: _fake_gate(running_similarity),
+    ),
+    (
+        update_gate,
+        '(Tensor sums, Tensor running_similarity, float momentum, float? threshold) -> (Tensor, Tensor)',
+        lambda sums, running_similarity, momentum, threshold: _fake_gate(running_similarity),
+    ),
+    (
+        statistics_coefficients,
+        '(Tensor a, Tensor v, Tensor running_mean, Tensor running_var, Tensor condensed, SymInt count, float eps,'
+        ' float momentum, Tensor? center_weight, Tensor? scale_weight, Tensor? scale_bias, str? kind)'
+        ' -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
+        lambda a, *_: _fake_coefficients(a, 5),
+    ),
+    (
+        coefficients,
+        '(Tensor a, Tensor mean, Tensor var, float eps, Tensor? center_weight, Tensor? scale_weight,'
+        ' Tensor? scale_bias, str? kind) -> (Tensor, Tensor, Tensor)',
+        lambda a, *_: _fake_coefficients(a, 1),
+    ),
+    (
+        apply,
+        '(Tensor x, Tensor center, Tensor scale, Tensor weight, Tensor bias) -> Tensor',
+        lambda x, center, scale, weight, bias: torch.empty_like(_dense(x)),
+    ),
+    (
+        tap_sums,
+        '(Tensor x, Tensor dy, Tensor center, int kernel_size) -> (Tensor, Tensor)',
+        _fake_tap_sums,
+    ),
+    (
+        coefficients_backward,
+        '(Tensor g, Tensor s, Tensor a, Tensor mean, Tensor inv_std, Tensor? condensed, Tensor scale, Tensor weight,'
+        ' Tensor? center_weight, Tensor? scale_weight, Tensor? calibrated_bias, str? kind, SymInt pixels)'
+        ' -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
+        lambda g, s, a, mean, inv_std, condensed, scale, weight, center_weight, scale_weight, *_: _empty_gradients(
+            a, g.shape[2], center_weight, scale_weight
+        ),
+    ),
+    (
+        input_gradient,
+        '(Tensor dy, Tensor x, Tensor a, Tensor scale, Tensor weight, Tensor slope, Tensor offset) -> Tensor',
+        lambda dy, x, *_: torch.empty_like(_dense(x)),
+    ),
+)
+
+if hasattr(torch.library, 'custom_op'):  # torch 2.4
+    for _function, _schema, _fake in _OPERATORS:
+        torch.library.custom_op(
+            f'mmubn::{_function.__name__}', _function, mutates_args=(), schema=_schema
+        ).register_fake(_fake)

@@ -1,0 +1,150 @@
+"""The Triton kernels under the names and conventions that :mod:`mmubn.kernels.autograd` expects.
+
+What the kernels do not cover (UnitizedBN's factor, statistics of several processes, a momentum that is a tensor) takes
+the same small (N, C) functions as the torch backend; the passes over x are Triton's all the same.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from mmubn import functional as F
+from mmubn.kernels import autograd, triton_kernels
+from mmubn.kernels.autograd import Form, Parameters, Statistics
+
+__all__ = [
+    'apply',
+    'coefficients',
+    'coefficients_backward',
+    'input_gradient',
+    'instance_means',
+    'instance_moments',
+    'similarity_gate',
+    'similarity_sums',
+    'statistics',
+    'tap_sums',
+]
+
+
+def _kernels() -> ModuleType:
+    """The functions that launch, or, for a compiler, the same as operators that it need not look into."""
+    return torch.ops.mmubn if torch.compiler.is_compiling() else triton_kernels
+
+
+def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`mmubn.functional.instance_moments`."""
+    return _kernels().instance_moments(x)
+
+
+def similarity_gate(
+    x: Tensor, a: Tensor, v: Tensor, max_samples: int, tau: Tensor, momentum: float, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """The running similarity after this batch, and whether the features are condensed."""
+    return _kernels().similarity_gate(x, a, v, max_samples, tau, momentum, threshold)
+
+
+def instance_means(x: Tensor) -> Tensor:
+    """``a = mean_hw x``, (N, C); the variance comes with it at no cost."""
+    return _kernels().instance_moments(x)[0]
+
+
+def similarity_sums(x: Tensor, a: Tensor, v: Tensor, max_samples: int) -> tuple[Tensor, int]:
+    """:func:`mmubn.functional.similarity_sums`."""
+    n = min(len(x), max_samples)
+    return _kernels().similarity_sums(x, a, v, max_samples)[0], n * (n - 1)
+
+
+def statistics(
+    a: Tensor,
+    v: Tensor,
+    center_weight: Tensor | None,
+    running: tuple[Tensor, Tensor],
+    condensed: Tensor,
+    momentum: float | Tensor,
+    count: int,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """:func:`mmubn.functional.batch_statistics` and :func:`mmubn.functional.select_statistics` in one launch."""
+    # The kernel moves float32: of another dtype, a layer must see whether its own still holds the variance.
+    if isinstance(momentum, Tensor) or running[0].dtype != torch.float32:
+        return F.select_statistics(F.batch_statistics(a, v, center_weight), running, condensed, momentum, count)
+    _, _, mean, var, _, *moved = _kernels().statistics_coefficients(
+        a, v, *running, condensed, count, 0.0, momentum, center_weight, None, None, None
+    )
+    return (mean, var), tuple(moved)
+
+
+def coefficients(s: Statistics, form: Form, p: Parameters, size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`mmubn.functional.coefficients`."""
+    if form.scaling == 'unitized' or s.a is None:
+        return autograd.coefficients(s, form, p, size)
+    center, scale, inv_std = _kernels().coefficients(
+        s.a, s.mean, s.var, form.eps, p.center_weight, p.scale_weight, p.scale_bias, form.scaling
+    )
+    # The kernel of the backward finds r in scale; else only a calibrated bias needs it.
+    r = scale / inv_std if form.scaling and (form.calibrate_bias or s.synchronized) else None
+    return center, scale, r
+
+
+def apply(x: Tensor, center: Tensor, scale: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+    """``y = depthwise_conv((x - center) * scale; kernel) + bias``."""
+    shape = x.shape[:2]
+    return _kernels().apply(x, center.expand(shape), scale.expand(shape), kernel.flatten(1), bias)
+
+
+def tap_sums(dy: Tensor, x: Tensor, center: Tensor, size: int) -> tuple[Tensor, Tensor, None]:
+    """:func:`mmubn.kernels.torch_ops.tap_sums`; x - center is not kept."""
+    return *_kernels().tap_sums(x, dy, center.expand(x.shape[:2]), size), None
+
+
+def coefficients_backward(
+    g: Tensor,
+    s: Tensor,
+    statistics: Statistics,
+    form: Form,
+    p: Parameters,
+    kernel: Tensor,
+    center: Tensor,
+    scale: Tensor,
+    r: Tensor | None,
+    size: int,
+) -> tuple[Tensor | None, Tensor | None, Parameters]:
+    """:func:`mmubn.kernels.autograd.coefficients_backward`."""
+    if form.scaling == 'unitized' or statistics.a is None or statistics.synchronized:
+        return autograd.coefficients_backward(g, s, statistics, form, p, kernel, center, scale, r, size)
+    slope, offset, d_taps, *d_others, _, _ = _kernels().coefficients_backward(
+        g,
+        s,
+        statistics.a,
+        statistics.mean,
+        torch.rsqrt(statistics.var + form.eps),
+        statistics.condensed,
+        scale.expand(statistics.a.shape),
+        kernel.flatten(1),
+        p.center_weight,
+        p.scale_weight,
+        p.bias if form.calibrate_bias else None,
+        form.scaling,
+        size,
+    )
+    return slope, offset, autograd.gradients(p, d_taps, *d_others)
+
+
+def input_gradient(
+    dy: Tensor,
+    x: Tensor,
+    u: None,
+    a: Tensor | None,
+    center: Tensor,
+    scale: Tensor,
+    kernel: Tensor,
+    slope: Tensor | None,
+    offset: Tensor | None,
+) -> Tensor:
+    """``scale depthwise_conv(dy; kernel turned by half a turn) + slope (x - a) + offset``; None is 0."""
+    shape = x.shape[:2]
+    zero = scale.new_zeros(shape)
+    a, slope, offset = (zero if value is None else value for value in (a, slope, offset))
+    return _kernels().input_gradient(dy, x, a, scale.expand(shape), kernel.flatten(1), slope, offset)

@@ -1,0 +1,205 @@
+"""The Triton kernels: their numbers in Triton's interpreter, and that they compile for the GPUs they are for.
+
+Needs no GPU. The checks of numbers are in ``triton_worker.py``.
+"""
+
+import ast
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip('triton')
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from mmubn.kernels import triton_kernels as kernels  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name('triton_worker.py')
+TYPES = {torch.float32: 'fp32', torch.float16: 'fp16', torch.bfloat16: 'bf16', torch.bool: 'i1'}
+
+
+def _load_worker():
+    spec = importlib.util.spec_from_file_location('triton_worker', WORKER)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='session')
+def report():
+    """What the worker found. A process of its own: the interpreter must be on before triton is first imported."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))
+    environment = os.environ | {'TRITON_INTERPRET': '1', 'PYTHONPATH': path}
+    result = subprocess.run([sys.executable, WORKER], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize('name', _load_worker().CHECKS)
+def test_numbers(report, name):
+    assert report[name] is None, report[name]
+
+
+# Compilation: what the functions launch for meta tensors, so that any size costs nothing.
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    recorded = []
+
+    def record(kernel, programs, device, *arguments, num_warps=4, **constants):
+        recorded.append((kernel, programs, arguments, constants, num_warps))
+
+    monkeypatch.setattr(kernels, '_launch', record)
+    monkeypatch.setattr(kernels, '_lacking', lambda device: None)
+    return recorded
+
+
+def run_layer(shape, layout, dtype, k, kind='rectified', centering=True, calibrate=False, threshold=0.15):
+    n, c, h, w = shape
+    format = torch.channels_last if layout == 'channels_last' else torch.contiguous_format
+    x = torch.empty(shape, dtype=dtype, device='meta').to(memory_format=format)
+    vector = torch.empty(c, device='meta')
+    weight = torch.empty(c, k * k, device='meta')
+    tau = torch.empty((), device='meta')
+    rectification = (vector if centering else None, *(vector if kind else None,) * 2, kind)
+
+    a, v = kernels.instance_moments(x)
+    kernels.update_gate(kernels.similarity_sums(x, a, v, 16), tau, 0.1, threshold)
+    _, condensed = kernels.similarity_gate(x, a, v, 16, tau, 0.1, threshold)
+    kernels.coefficients(a, vector, vector, 1e-5, *rectification)
+    center, scale, mean, _, inv_std, *_ = kernels.statistics_coefficients(
+        a, v, vector, vector, condensed, n * h * w, 1e-5, 0.1, *rectification
+    )
+    kernels.apply(x, center, scale, weight, scale if calibrate else vector)
+    g, s = kernels.tap_sums(x, x, center, k)
+    slope, offset, *_ = kernels.coefficients_backward(
+        g, s, a, mean, inv_std, condensed, scale, weight, *rectification[:2], vector if calibrate else None, kind, h * w
+    )
+    kernels.input_gradient(x, x, a, scale, weight, slope, offset)
+
+
+def source_of(kernel, arguments, constants):
+    """The source, specialised as a launch specialises it: to None, to 1, and to what 16 divides."""
+    signature, fixed, attributes = {}, dict(constants), {}
+    for i, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
+        specialised = name not in (kernel.do_not_specialize or ())
+        if value is None or (isinstance(value, int) and value == 1 and specialised):
+            fixed[name] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name] = f'*{TYPES[value.dtype]}'
+        else:
+            signature[name] = 'fp32' if isinstance(value, float) else 'i32' if value < 2**31 else 'i64'
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0 and specialised):
+            attributes[(i,)] = [['tt.divisibility', 16]]
+    signature |= dict.fromkeys(fixed, 'constexpr')
+    return ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, fixed, attributes)
+
+
+LAYERS = {
+    # a large map in both layouts and all dtypes, as in the first stage of a ResNet
+    **{
+        f'{layout} {TYPES[dtype]}': ((8, 64, 56, 56), layout, dtype, 3)
+        for layout in ('nchw', 'channels_last')
+        for dtype in kernels.DTYPES
+    },
+    'k1': ((8, 64, 56, 56), 'nchw', torch.bfloat16, 1, 'instance', False),
+    'k1 channels_last': ((8, 64, 56, 56), 'channels_last', torch.bfloat16, 1, None, True),
+    'k5': ((2, 48, 14, 14), 'channels_last', torch.bfloat16, 5, 'rectified', True, True, None),
+    'odd sizes': ((3, 5, 7, 1), 'channels_last', torch.float16, 3),
+    'k7': ((2, 48, 14, 14), 'nchw', torch.float32, 7),
+}
+# What does not see x compiles to the same for every dtype and layout.
+_compiled = set()
+
+
+# On the older architecture each dtype and each layout once, not each of both: a compilation takes a second.
+COMPILATIONS = [
+    *((name, 90) for name in LAYERS if name != 'k7'),
+    *((name, 80) for name in ('nchw fp32', 'nchw fp16', 'channels_last bf16', 'k1')),
+    *(pytest.param('k7', architecture, marks=pytest.mark.slow) for architecture in (80, 90)),
+]
+
+
+@pytest.mark.parametrize(('name', 'architecture'), COMPILATIONS)
+def test_compiles(launches, name, architecture, tmp_path, monkeypatch):
+    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
+    run_layer(*LAYERS[name])
+    assert launches
+    for kernel, programs, arguments, constants, num_warps in launches:
+        assert 0 < programs < 2**31
+        source = source_of(kernel, arguments, constants)
+        key = (source.hash(), num_warps, architecture)
+        if key in _compiled:
+            continue
+        _compiled.add(key)
+        compiled = triton.compile(source, target=GPUTarget('cuda', architecture, 32), options={'num_warps': num_warps})
+        assert len(compiled.asm['cubin']) > 0, kernel.arg_names
+        # No shared memory that would keep a second program off a multiprocessor; determinism.
+        assert compiled.metadata.shared <= 48 * 1024
+        assert 'atom' not in compiled.asm['ptx']
+
+
+def test_every_kernel_is_compiled(launches):
+    for arguments in LAYERS.values():
+        run_layer(*arguments)
+    launched = {kernel.fn.__name__ for kernel, *_ in launches}
+    defined = {name for name in vars(kernels) if name.endswith('_kernel')}
+    assert launched == defined
+
+
+def test_large_inputs_are_counted_in_64_bits(launches):
+    """More than 2^31 values: offsets of planes and samples are 64 bits wide, and no argument leaves 32."""
+    for layout in ('nchw', 'channels_last'):
+        run_layer((96, 256, 400, 400), layout, torch.bfloat16, 3)
+    for kernel, programs, arguments, _, _ in launches:
+        assert programs < 2**31
+        assert all(value < 2**31 for value in arguments if isinstance(value, int)), kernel.fn.__name__
+
+
+def test_launches_per_pass(launches):
+    """Launches cost as much as a small map: none is added without notice."""
+    run_layer((64, 64, 56, 56), 'channels_last', torch.bfloat16, 3)
+    names = [kernel.fn.__name__.strip('_').removesuffix('_kernel') for kernel, *_ in launches]
+    assert names == [
+        *('moments', 'merge_moments'),
+        *('inverse_norms', 'similarity', 'gate', 'gate'),
+        *('inverse_norms', 'similarity', 'gate'),
+        *('coefficients', 'coefficients'),
+        'apply',
+        *('tap_sums', 'merge_tap_sums', 'coefficients_backward', 'input_gradient'),
+    ]
+
+
+def test_import_without_triton():
+    """The module imports, and says what is missing, where Triton is not installed."""
+    program = (
+        'import sys, torch; sys.modules["triton"] = None\n'
+        'from mmubn.kernels import triton_kernels as kernels\n'
+        'print(repr(kernels.supports(torch.ones(1, 1, 1, 1))))\n'
+        'try: kernels.instance_moments(torch.ones(1, 1, 1, 1))\n'
+        'except ValueError as error: print(repr(str(error)))\n'
+    )
+    result = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    reason, error = map(ast.literal_eval, result.stdout.splitlines()[-2:])
+    assert reason == 'Triton is not installed'
+    assert reason in error
+
+
+def test_refuses_the_cpu():
+    """Outside the interpreter a CPU tensor is refused, by the function and by the operator."""
+    x = torch.ones(1, 1, 2, 2)
+    assert 'GPU' in kernels.supports(x)
+    for function in (kernels.instance_moments, torch.ops.mmubn.instance_moments):
+        with pytest.raises(ValueError, match='NVIDIA GPU'):
+            function(x)
