@@ -251,6 +251,31 @@ class TestBadInput:
         assert all(message in last for message in messages), last
         assert 'Traceback' not in result.stdout
 
+    @pytest.mark.parametrize(
+        ('option', 'messages'),
+        [
+            ('model.backbone.norm_cfg.type=UBNX', ['UBNX', 'model.backbone.norm_cfg']),
+            ('model.roi_head.bbox_head.num_classes=7', ['7', '10']),
+        ],
+        ids=['norm type', 'classes'],
+    )
+    def test_a_config_that_does_not_fit_ends_in_one_line(self, small, tmp_path, option, messages):
+        result = tool('train.py', CONFIG, '--work-dir', tmp_path, '--cfg-options', *small, option)
+        assert result.returncode == 2, result.stdout
+        last = result.stdout.strip().splitlines()[-1]
+        assert last.startswith('error: ')
+        assert all(message in last for message in messages), last
+
+    def test_a_checkpoint_that_does_not_fit_ends_in_one_line(self, small, tmp_path, trained):
+        checkpoint = torch.load(trained / 'epoch_2.pth', weights_only=True)
+        del checkpoint['state_dict']['backbone.layer1.0.bn1.scale_bias']
+        torch.save(checkpoint, tmp_path / 'broken.pth')
+        result = tool('test.py', CONFIG, tmp_path / 'broken.pth', '--work-dir', tmp_path, '--cfg-options', *small)
+        assert result.returncode == 2, result.stdout
+        last = result.stdout.strip().splitlines()[-1]
+        assert last.startswith('error: ')
+        assert 'backbone.layer1.0.bn1.scale_bias is missing' in last
+
     def test_missing_imagenet_checkpoint(self, digits):
         config = 'configs/faster_rcnn/faster-rcnn_r50_fpn_ubn-backbone_1x_coco.py'
         result = tool('train.py', config, '--cfg-options', *data_options(digits))
