@@ -4,10 +4,11 @@ PYTHON ?= python3
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup demo test test-all lint lock clean
+.PHONY: help setup demo demo-classification test test-all lint lock clean
 
 help:
 	@echo 'make demo   train a small Mask R-CNN with UBN on real digits and evaluate it (results in work_dirs/demo)'
+	@echo 'make demo-classification   train a small ResNet with BN and with UBN on real digits and compare them'
 	@echo 'make test   run the tests; make test-all also runs the few that take minutes'
 	@echo 'make lint   run ruff and codespell'
 	@echo 'make setup  only make the environment ($(VENV)); VENV=dir and PYTHON=python3.x choose another'
@@ -19,11 +20,14 @@ setup:
 demo: setup
 	$(BIN)/python tools/demo.py
 
+demo-classification: setup
+	$(BIN)/python tools/demo_classification.py
+
 test: setup
-	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow' $(PYTEST_ARGS)
 
 test-all: setup
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -40,4 +44,4 @@ lock:
 	    --upgrade -c requirements/lock.txt requirements/lock-cuda.in -o requirements/lock-cuda.txt
 
 clean:
-	rm -rf $(VENV) work_dirs/demo data/digits
+	rm -rf $(VENV) work_dirs/demo work_dirs/demo-classification data/digits

@@ -20,7 +20,7 @@ setup(
     install_requires=[],
     extras_require={
         'demo': ['scikit-learn', 'pycocotools', 'matplotlib', 'pillow', 'tqdm'],
-        'test': ['pytest', 'pytest-timeout', 'scikit-learn'],
+        'test': ['pytest', 'pytest-timeout', 'pytest-xdist', 'scikit-learn', 'onnx', 'onnxscript', 'onnxruntime'],
         'lint': ['ruff', 'codespell'],
     },
 )

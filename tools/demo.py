@@ -28,10 +28,14 @@ WORK_DIR = Path('work_dirs/demo')
 BATCH_SIZE = 8  # over all processes
 
 
-def run(*command: object) -> None:
+def show(*command: object) -> list[str]:
     line = [str(part) for part in command]
     print(f'\n$ {" ".join(line)}', flush=True)
-    if (status := subprocess.run(line).returncode) != 0:
+    return line
+
+
+def run(*command: object) -> None:
+    if (status := subprocess.run(show(*command)).returncode) != 0:
         sys.exit(f'error: the command above ended with status {status}')
 
 

@@ -708,7 +708,8 @@ def _lacking(device: torch.device) -> str | None:
         return None
     if device.type != 'cuda' or torch.version.hip is not None:
         return f'the kernels take tensors on an NVIDIA GPU, got one on {device}'
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    # The properties, not get_device_capability: torch.compile takes only these for a constant.
+    if torch.cuda.get_device_properties(device).major < 8:
         return 'the kernels need a GPU of compute capability 8.0 or later'
     return None
 

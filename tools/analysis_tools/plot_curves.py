@@ -24,7 +24,8 @@ MARKERS = 'osv^Dx'  # curves stay apart in black and white
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     parser.add_argument('runs', nargs='+', type=Path, help='work dirs of runs')
-    parser.add_argument('--metrics', nargs='+', default=['bbox_mAP', 'segm_mAP'], help='validation metrics to plot')
+    metrics = ['bbox_mAP', 'segm_mAP', 'top1']
+    parser.add_argument('--metrics', nargs='+', default=metrics, help='validation metrics to plot, of those logged')
     parser.add_argument('--out', type=Path, required=True, help='file to write; its ending chooses the format')
     return parser.parse_args()
 
@@ -66,7 +67,9 @@ def main() -> None:
             if steps:
                 right.plot(steps, values, marker=marker, label=f'{run.name} {metric}')
     left.set(xlabel='iteration', ylabel='training loss', yscale='log')
-    right.set(xlabel='epoch', ylabel='validation metric', ylim=(0, 1))
+    percent = any(max(line.get_ydata()) > 1 for line in right.lines)  # MMPretrain's accuracy; MMDetection's AP is not
+    right.set(xlabel='epoch', ylabel='validation metric (%)' if percent else 'validation metric')
+    right.set_ylim(0, 100 if percent else 1)
     for axis in (left, right):
         axis.grid(alpha=0.3)
         if axis.lines:
