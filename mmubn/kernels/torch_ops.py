@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 PIECE = 2**18  # values: 1 MB in float32
+COLUMNS = 2**20  # of a sample at a time, in the similarity
 
 
 def instance_means(x: Tensor) -> Tensor:
@@ -73,11 +74,9 @@ def similarity_sums(x: Tensor, a: Tensor, v: Tensor, max_samples: int) -> tuple[
     squared_norm = torch.addcmul(v[:n], a[:n], a[:n]).sum(1) * size
     # u_n = f_n / ||f_n||; a sample of zeros is similar to none.
     inverse = squared_norm.rsqrt().nan_to_num(nan=torch.nan, posinf=0)
-    # ||sum_n u_n||^2 - sum_n ||u_n||^2, where ||u_n||^2 is 1, or 0 for zeros, or 0 * inf = NaN where there is no norm.
-    total = -(inverse.square() * squared_norm).sum()
-    for (values,) in _pieces(f.T):
-        total += torch.mv(values.to(a.dtype), inverse).square().sum()
-    return total, n * (n - 1)
+    products = sum(values.to(a.dtype) @ values.to(a.dtype).T for values in f.split(COLUMNS, dim=1))
+    # NaN where a norm is not finite: 0 * inf.
+    return inverse @ products.fill_diagonal_(0) @ inverse + (0 * squared_norm).sum(), n * (n - 1)
 
 
 def _pieces(rows: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -145,7 +144,7 @@ def input_gradient(
     if slope is None:
         return _scaled_conv(dy, scale, kernel.flip(2, 3), bias)
     dx = _scaled_conv(dy, scale, kernel.flip(2, 3), bias + slope * (center - a))
-    return dx.addcmul_(u, slope[..., None, None])
+    return dx.add_(u.mul_(slope[..., None, None]))  # addcmul_ is not vectorised for NCHW
 
 
 def _like(dy: Tensor, u: Tensor) -> Tensor:
