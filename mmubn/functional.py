@@ -27,6 +27,7 @@ __all__ = [
     'batch_statistics',
     'coefficients',
     'depthwise_kernel',
+    'instance_means',
     'instance_moments',
     'is_condensed',
     'mean_cosine_similarity',
@@ -49,6 +50,11 @@ def without_autocast(device: str) -> contextlib.AbstractContextManager:
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
+
+
+def instance_means(x: Tensor) -> Tensor:
+    """``a[n, c] = mean_hw x[n, c]``, (N, C), in :func:`statistics_dtype`: all that evaluation needs of the moments."""
+    return x.to(statistics_dtype(x)).mean((2, 3))
 
 
 def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mmubn import functional as F
 from mmubn.kernels import torch_ops, triton_kernels, triton_ops
-from mmubn.kernels.autograd import Form, Parameters, Statistics, rectified_norm, reference
+from mmubn.kernels.autograd import Form, Parameters, Statistics, rectified_norm, reference, statistics
 
 __all__ = [
     'Backend',
@@ -45,10 +45,6 @@ class Backend(NamedTuple):
     rectified_norm: Callable[[Tensor, Statistics, Form, Parameters], Tensor]
 
 
-def _reference_means(x: Tensor) -> Tensor:
-    return x.to(F.statistics_dtype(x)).mean((2, 3))
-
-
 def _reference_sums(x: Tensor, a: Tensor, v: Tensor, max_samples: int) -> tuple[Tensor, int]:
     return F.similarity_sums(x, max_samples)
 
@@ -64,35 +60,23 @@ def _gate_by(similarity_sums: Callable[..., tuple[Tensor, int]]) -> Callable[...
     return similarity_gate
 
 
-def _statistics(
-    a: Tensor,
-    v: Tensor,
-    center_weight: Tensor | None,
-    running: tuple[Tensor, Tensor],
-    condensed: Tensor,
-    momentum: float | Tensor,
-    count: int,
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    return F.select_statistics(F.batch_statistics(a, v, center_weight), running, condensed, momentum, count)
-
-
 BACKENDS = {
     'reference': Backend(
         'reference',
-        _reference_means,
+        F.instance_means,
         F.instance_moments,
         _reference_sums,
         _gate_by(_reference_sums),
-        _statistics,
+        statistics,
         reference,
     ),
     'torch': Backend(
         'torch',
-        torch_ops.instance_means,
+        F.instance_means,
         torch_ops.instance_moments,
         torch_ops.similarity_sums,
         _gate_by(torch_ops.similarity_sums),
-        _statistics,
+        statistics,
         functools.partial(rectified_norm, torch_ops),
     ),
     'triton': Backend(

@@ -21,6 +21,7 @@ __all__ = [
     'gradients',
     'rectified_norm',
     'reference',
+    'statistics',
 ]
 
 
@@ -67,7 +68,7 @@ def reference(x: Tensor, statistics: Statistics, form: Form, parameters: Paramet
     elif form.scaling == 'unitized':
         a, v = F.instance_moments(x)
     elif p.center_weight is not None or form.scaling is not None:
-        a = x.to(F.statistics_dtype(x)).mean((2, 3))
+        a = F.instance_means(x)
     statistics = statistics._replace(a=a, v=v, mean=mean, var=var)
     center, scale, r = coefficients(statistics, form, p, x.shape[2] * x.shape[3])
     bias = r * p.bias if form.calibrate_bias else p.bias
@@ -133,12 +134,25 @@ def _backward(
         grads = coefficients_backward(g, s, statistics, ctx.form, p, kernel, center, scale, r, size)[2]
         return [torch.zeros_like(x), *grads]
     ops = ctx.ops
-    g, s, u = ops.tap_sums(dy, x, center, kernel.shape[-1])
+    g, s, kept = ops.tap_sums(dy, x, center, kernel.shape[-1])
     slope, offset, grads = ops.coefficients_backward(g, s, statistics, ctx.form, p, kernel, center, scale, r, size)
     dx = None
     if ctx.needs_input_grad[3]:
-        dx = ops.input_gradient(dy, x, u, statistics.a, center, scale, kernel, slope, offset).to(x.dtype)
+        dx = ops.input_gradient(dy, x, kept, statistics.a, center, scale, kernel, slope, offset).to(x.dtype)
     return [dx, *grads]
+
+
+def statistics(
+    a: Tensor,
+    v: Tensor,
+    center_weight: Tensor | None,
+    running: tuple[Tensor, Tensor],
+    condensed: Tensor,
+    momentum: float | Tensor,
+    count: int,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """:func:`mmubn.functional.select_statistics` of the moments of a batch."""
+    return F.select_statistics(F.batch_statistics(a, v, center_weight), running, condensed, momentum, count)
 
 
 def coefficients(statistics: Statistics, form: Form, p: Parameters, size: int) -> tuple[Tensor, Tensor, Tensor | None]:

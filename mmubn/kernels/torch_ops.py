@@ -9,7 +9,6 @@ Shapes: x (N, C, H, W); a, v, center, scale, slope, offset (N, C); kernel (C, 1,
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -25,7 +24,6 @@ __all__ = [
     'coefficients_backward',
     'dense',
     'input_gradient',
-    'instance_means',
     'instance_moments',
     'memory_format',
     'similarity_sums',
@@ -34,11 +32,6 @@ __all__ = [
 
 PIECE = 2**18  # values: 1 MB in float32
 COLUMNS = 2**20  # of a sample at a time, in the similarity
-
-
-def instance_means(x: Tensor) -> Tensor:
-    """``a = mean_hw x``, (N, C)."""
-    return x.to(statistics_dtype(x)).mean((2, 3))
 
 
 def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +95,7 @@ def apply(x: Tensor, center: Tensor, scale: Tensor, kernel: Tensor, bias: Tensor
     return _scaled_conv(u, scale, kernel, bias.to(u.dtype).expand(u.shape[:2]))
 
 
-def tap_sums(dy: Tensor, x: Tensor, center: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def tap_sums(dy: Tensor, x: Tensor, center: Tensor, size: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """All sums over H and W that the backward needs, per sample, channel and tap t of a kernel of ``size``.
 
     With p over the places of dy for which p + t lies in the map:
@@ -110,24 +103,25 @@ def tap_sums(dy: Tensor, x: Tensor, center: Tensor, size: int) -> tuple[Tensor, 
     ``G_t = sum_p (x(p + t) - center) dy(p)`` and ``S_t = sum_p dy(p)``, each (N, C, T).
 
     Returns:
-        ``(G, S, x - center)``.
+        ``(G, S, kept)``; :func:`input_gradient` takes ``kept``: x - center, and dy in its dtype and memory format.
     """
     u = dense(x) - center[..., None, None]
-    dy = _like(dy, u)
+    # In dtype and memory format of u, once for both passes.
+    dy = dy.to(u.dtype).contiguous(memory_format=memory_format(u))
     n, c, h, w = u.shape
     if size == 1:
-        return (u * dy).sum((2, 3))[..., None], dy.sum((2, 3))[..., None], u
+        return (u * dy).sum((2, 3))[..., None], dy.sum((2, 3))[..., None], (u, dy)
     if u.is_contiguous():
         g = _weight_gradient(dy.reshape(1, n * c, h, w), u.view(1, n * c, h, w), size).view(n, c, -1)
     else:
         g = torch.stack([_weight_gradient(dy[i : i + 1], u[i : i + 1], size) for i in range(n)])
-    return g, _window_sums(dy, size), u
+    return g, _window_sums(dy, size), (u, dy)
 
 
 def input_gradient(
     dy: Tensor,
     x: Tensor,
-    u: Tensor,
+    kept: tuple[Tensor, Tensor],
     a: Tensor | None,
     center: Tensor,
     scale: Tensor,
@@ -137,19 +131,14 @@ def input_gradient(
 ) -> Tensor:
     """``scale depthwise_conv(dy; kernel turned by half a turn) + slope (x - a) + offset``; slope, offset None are 0.
 
-    ``u`` is the ``x - center`` of :func:`tap_sums`: x - a = u + (center - a).
+    With u = x - center, which :func:`tap_sums` kept, x - a = u + (center - a).
     """
-    dy = _like(dy, u)
+    u, dy = kept
     bias = dy.new_zeros(dy.shape[:2]) if offset is None else offset
     if slope is None:
         return _scaled_conv(dy, scale, kernel.flip(2, 3), bias)
     dx = _scaled_conv(dy, scale, kernel.flip(2, 3), bias + slope * (center - a))
     return dx.add_(u.mul_(slope[..., None, None]))  # addcmul_ is not vectorised for NCHW
-
-
-def _like(dy: Tensor, u: Tensor) -> Tensor:
-    """dy in dtype and memory format of u."""
-    return dy.to(u.dtype).contiguous(memory_format=memory_format(u))
 
 
 def _scaled_conv(u: Tensor, scale: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
@@ -189,7 +178,6 @@ def _window_sums(dy: Tensor, size: int) -> Tensor:
     return (inside @ dy.permute(0, 2, 3, 1).flatten(1, 2)).transpose(1, 2)
 
 
-@functools.lru_cache(maxsize=256)
 def _looks_inside(length: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """1 where a tap looks at a place inside, else 0, (taps, places), along one dimension."""
     place = torch.arange(length, device=device) + torch.arange(size, device=device)[:, None] - size // 2

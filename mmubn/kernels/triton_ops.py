@@ -11,7 +11,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mmubn import functional as F
 from mmubn.kernels import autograd, triton_kernels
 from mmubn.kernels.autograd import Form, Parameters, Statistics
 
@@ -69,7 +68,7 @@ def statistics(
     """:func:`mmubn.functional.batch_statistics` and :func:`mmubn.functional.select_statistics` in one launch."""
     # The kernel moves float32: of another dtype, a layer must see whether its own still holds the variance.
     if isinstance(momentum, Tensor) or running[0].dtype != torch.float32:
-        return F.select_statistics(F.batch_statistics(a, v, center_weight), running, condensed, momentum, count)
+        return autograd.statistics(a, v, center_weight, running, condensed, momentum, count)
     _, _, mean, var, _, *moved = _kernels().statistics_coefficients(
         a, v, *running, condensed, count, 0.0, momentum, center_weight, None, None, None
     )
@@ -95,7 +94,7 @@ def apply(x: Tensor, center: Tensor, scale: Tensor, kernel: Tensor, bias: Tensor
 
 
 def tap_sums(dy: Tensor, x: Tensor, center: Tensor, size: int) -> tuple[Tensor, Tensor, None]:
-    """:func:`mmubn.kernels.torch_ops.tap_sums`; x - center is not kept."""
+    """:func:`mmubn.kernels.torch_ops.tap_sums`; nothing is kept."""
     return *_kernels().tap_sums(x, dy, center.expand(x.shape[:2]), size), None
 
 
@@ -135,7 +134,7 @@ def coefficients_backward(
 def input_gradient(
     dy: Tensor,
     x: Tensor,
-    u: None,
+    kept: None,
     a: Tensor | None,
     center: Tensor,
     scale: Tensor,
