@@ -4,11 +4,14 @@ PYTHON ?= python3
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup demo demo-classification test test-all lint lock clean
+RESULTS := OMP_NUM_THREADS=1 $(BIN)/python tools/analysis_tools/compare_norms.py configs/sweeps/digits.yml --jobs 2 --sweeps
+
+.PHONY: help setup demo demo-classification results-classification results-ablation results-detection test test-all lint lock clean
 
 help:
 	@echo 'make demo   train a small Mask R-CNN with UBN on real digits and evaluate it (results in work_dirs/demo)'
 	@echo 'make demo-classification   train a small ResNet with BN and with UBN on real digits and compare them'
+	@echo 'make results-classification, make results-ablation, make results-detection   the runs of docs/results.md'
 	@echo 'make test   run the tests; make test-all also runs the few that take minutes'
 	@echo 'make lint   run ruff and codespell'
 	@echo 'make setup  only make the environment ($(VENV)); VENV=dir and PYTHON=python3.x choose another'
@@ -22,6 +25,20 @@ demo: setup
 
 demo-classification: setup
 	$(BIN)/python tools/demo_classification.py
+
+# Two runs at a time with one thread each: the number of threads changes the rounding, and so the numbers.
+results-classification: setup
+	$(BIN)/python tools/dataset_converters/digits_to_imagefolder.py data/digits-36 --size 36
+	$(RESULTS) norms
+
+results-ablation: setup
+	$(BIN)/python tools/dataset_converters/digits_to_imagefolder.py data/digits-36 --size 36
+	$(RESULTS) threshold components batch-size
+
+# The handed-over backbones are those of the classification.
+results-detection: results-classification
+	$(BIN)/python tools/dataset_converters/digits_to_coco.py data/digits-200 --num-train 200
+	$(RESULTS) detection-from-scratch detection-handed-over
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow' $(PYTEST_ARGS)
@@ -44,4 +61,4 @@ lock:
 	    --upgrade -c requirements/lock.txt requirements/lock-cuda.in -o requirements/lock-cuda.txt
 
 clean:
-	rm -rf $(VENV) work_dirs/demo work_dirs/demo-classification data/digits
+	rm -rf $(VENV) work_dirs/demo work_dirs/demo-classification data/digits data/digits-36 data/digits-200

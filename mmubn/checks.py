@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from mmubn.layers import UnifiedNorm
 
-__all__ = ['ClassCountHook', 'ConfigError', 'check_norm_types', 'check_norms_used']
+__all__ = ['ClassCountHook', 'ConfigError', 'check_norm_types', 'check_norms_used', 'norm_cfgs']
 
 
 class ConfigError(ValueError):
@@ -34,7 +34,7 @@ def check_norm_types(cfg: Config) -> None:
         ConfigError: Names the type, its place and what may be missing.
     """
     with MODELS.switch_scope_and_registry(cfg.get('default_scope', 'mmengine')) as registry:
-        for place, norm_cfg in _norm_cfgs(cfg.model):
+        for place, norm_cfg in norm_cfgs(cfg.model):
             if registry.get(norm_cfg['type']) is None:
                 raise ConfigError(
                     f'model.{place}.type={norm_cfg["type"]!r} is not a registered norm; expected UBN, SyncUBN, RBN, '
@@ -54,7 +54,7 @@ def check_norms_used(cfg: Config, model: nn.Module) -> None:
     """
     model = model.module if is_model_wrapper(model) else model
     with MODELS.switch_scope_and_registry(cfg.get('default_scope', 'mmengine')) as registry:
-        for place, norm_cfg in _norm_cfgs(cfg.model):
+        for place, norm_cfg in norm_cfgs(cfg.model):
             norm = registry.get(norm_cfg['type'])
             name = place.rpartition('.')[0]
             try:
@@ -111,7 +111,7 @@ def _is_head(name: str) -> bool:
     return own == 'head' or (own.endswith('_head') and own not in ('rpn_head', 'semantic_head'))
 
 
-def _norm_cfgs(node: object, place: str = '') -> Iterator[tuple[str, dict]]:
+def norm_cfgs(node: object, place: str = '') -> Iterator[tuple[str, dict]]:
     """Every ``norm_cfg`` with a type by name in ``node``, and where it is: ``backbone.norm_cfg``."""
     items = enumerate(node) if isinstance(node, (list, tuple)) else node.items() if isinstance(node, dict) else ()
     for key, child in items:
@@ -119,4 +119,4 @@ def _norm_cfgs(node: object, place: str = '') -> Iterator[tuple[str, dict]]:
         if key == 'norm_cfg' and isinstance(child, dict) and isinstance(child.get('type'), str):
             yield here, child
         else:
-            yield from _norm_cfgs(child, here)
+            yield from norm_cfgs(child, here)
