@@ -6,12 +6,12 @@ export PATH := $(BIN):$(PATH)
 
 RESULTS := OMP_NUM_THREADS=1 $(BIN)/python tools/analysis_tools/compare_norms.py configs/sweeps/digits.yml --jobs 2 --sweeps
 
-.PHONY: help setup demo demo-classification results-classification results-ablation results-detection test test-all lint lock clean
+.PHONY: help setup demo demo-classification results-classification results-ablation results-condensation results-detection test test-all lint lock clean
 
 help:
 	@echo 'make demo   train a small Mask R-CNN with UBN on real digits and evaluate it (results in work_dirs/demo)'
 	@echo 'make demo-classification   train a small ResNet with BN and with UBN on real digits and compare them'
-	@echo 'make results-classification, make results-ablation, make results-detection   the runs of docs/results.md'
+	@echo 'make results-NAME   the runs of docs/results.md; NAME is classification, ablation, condensation or detection'
 	@echo 'make test   run the tests; make test-all also runs the few that take minutes'
 	@echo 'make lint   run ruff and codespell'
 	@echo 'make setup  only make the environment ($(VENV)); VENV=dir and PYTHON=python3.x choose another'
@@ -35,9 +35,15 @@ results-ablation: setup
 	$(BIN)/python tools/dataset_converters/digits_to_imagefolder.py data/digits-36 --size 36
 	$(RESULTS) threshold components batch-size
 
+results-condensation: setup
+	$(BIN)/python tools/dataset_converters/digits_to_imagefolder.py data/digits-36 --size 36
+	$(RESULTS) condensation
+	$(BIN)/python tools/analysis_tools/plot_condensation.py work_dirs/digits/condensation/*/seed* \
+	    --out work_dirs/digits/condensation/similarity.png
+
 # The handed-over backbones are those of the classification.
 results-detection: results-classification
-	$(BIN)/python tools/dataset_converters/digits_to_coco.py data/digits-200 --num-train 200
+	$(BIN)/python tools/dataset_converters/digits_to_coco.py data/digits-150 --num-train 150
 	$(RESULTS) detection-from-scratch detection-handed-over
 
 test: setup
@@ -61,4 +67,4 @@ lock:
 	    --upgrade -c requirements/lock.txt requirements/lock-cuda.in -o requirements/lock-cuda.txt
 
 clean:
-	rm -rf $(VENV) work_dirs/demo work_dirs/demo-classification data/digits data/digits-36 data/digits-200
+	rm -rf $(VENV) work_dirs/demo work_dirs/demo-classification data/digits data/digits-36 data/digits-150

@@ -4,7 +4,6 @@ import csv
 import importlib.util
 import json
 import os
-import re
 import signal
 import sys
 import threading
@@ -13,6 +12,7 @@ import time
 import numpy as np
 import pytest
 from cli import ROOT, tool
+from mmengine.config import Config
 from PIL import Image
 from scipy import stats
 
@@ -108,6 +108,8 @@ def test_tables_have_what_the_logs_say(compare, tmp_path):
     # 30 and 31 after the last epoch; one of the two reaches 31. b is at 36 and 37: 6 more with each seed.
     assert '| a | 2 | 3 | 30.50 | 0.71 | 30.00 to 31.00 | 3.0 (1 of 2) |  |' in text
     assert '| b | 2 | 3 | 36.50 | 0.71 | 36.00 to 37.00 | 3.0 (2 of 2) | +6.00 [+6.00, +6.00]: higher |' in text
+    assert '| top1 (%) after epoch | 1 | 2 | 3 |' in text
+    assert '| b | 12.5 ± 0.7 | 24.5 ± 0.7 | 36.5 ± 0.7 |' in text
     for suffix in ('png', 'svg'):
         assert (folder / f'top1.{suffix}').exists()
     pixels = np.asarray(Image.open(folder / 'top1.png').convert('RGB'))
@@ -237,6 +239,6 @@ sweeps:
     assert result.returncode == 0, result.stdout
     found = rows(tmp_path / 'out/norms/runs.csv')
     assert [(row['choice'], row['epoch']) for row in found] == [('BN', '1'), ('BN', '2'), ('UBN', '1'), ('UBN', '2')]
-    assert re.search(r"norm_cfg=dict\(type='BN'\)", (tmp_path / 'out/norms/BN/seed0.py').read_text())
+    assert Config.fromfile(tmp_path / 'out/norms/BN/seed0.py').model.backbone.norm_cfg == dict(type='BN')
     result = tool(*arguments)
     assert '2 runs, of which 2 are done already' in result.stdout

@@ -29,6 +29,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from pprint import pformat
 
 import numpy as np
 import torch
@@ -82,7 +83,8 @@ def prepare(run: SweepRun, work_dir: Path) -> Path:
     cfg = run.load()
     cfg.work_dir = str(folder)
     path = folder.with_suffix('.py')
-    text = cfg.pretty_text
+    # What Config.dump would write, but that takes seconds.
+    text = ''.join(f'{key} = {pformat(value, sort_dicts=False)}\n' for key, value in cfg.to_dict().items())
     if path.exists() and path.read_text() != text and any(folder.glob('*/vis_data/scalars.json')):
         raise UsageError(
             f'{folder} has a run of another config than {run} asks for ({path}); remove the folder to run it anew, or '
@@ -298,10 +300,26 @@ def summarize(sweep: Sweep, curves: dict[str, dict[str, Curve]]) -> str:
             cells += [reached(curve, target)] if target is not None else []
             cells += [compared(curve, baseline, digits) if label != sweep.baseline else ''] if baseline else []
             lines.append(f'| {" | ".join(cells)} |')
-        lines.append('')
+        lines += ['', *course(metric, by_label), '']
     if missing:
         lines += [f'Nothing yet of: {", ".join(missing)}.', '']
     return '\n'.join(lines)
+
+
+def course(metric: str, by_label: dict[str, Curve]) -> list[str]:
+    """Mean and standard deviation after at most ten epochs, from the first to the last, as a table in Markdown."""
+    unit, digits = unit_of(by_label)
+    epochs = sorted(set.intersection(*(set(curve.epochs) for curve in by_label.values())))
+    shown = [epochs[i] for i in np.linspace(0, len(epochs) - 1, min(10, len(epochs))).round().astype(int)]
+    header = [f'{metric}{unit} after epoch', *map(str, shown)]
+    lines = [f'| {" | ".join(header)} |', f'|{"---|" * len(header)}']
+    for label, curve in by_label.items():
+        values = curve.values[:, [curve.epochs.index(epoch) for epoch in shown]]
+        cells = [f'{mean:.{digits - 1}f}' for mean in values.mean(0)]
+        if len(values) > 1:
+            cells = [f'{cell} ± {std:.{digits - 1}f}' for cell, std in zip(cells, values.std(0, ddof=1), strict=True)]
+        lines.append(f'| {" | ".join([label, *cells])} |')
+    return lines
 
 
 def unit_of(by_label: dict[str, Curve]) -> tuple[str, int]:
