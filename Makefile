@@ -38,7 +38,7 @@ results-ablation: setup
 results-condensation: setup
 	$(BIN)/python tools/dataset_converters/digits_to_imagefolder.py data/digits-36 --size 36
 	$(RESULTS) condensation
-	$(BIN)/python tools/analysis_tools/plot_condensation.py work_dirs/digits/condensation/*/seed* \
+	$(BIN)/python tools/analysis_tools/plot_condensation.py work_dirs/digits/condensation/*/seed*/ \
 	    --out work_dirs/digits/condensation/similarity.png
 
 # The handed-over backbones are those of the classification.

@@ -21,6 +21,7 @@ __all__ = ['BNET', 'IEBN', 'RBN', 'UBN', 'FoldedUBN', 'SyncUBN', 'UnitizedBN', '
 if _HAS_MMENGINE:
     from mmengine.registry import MODELS
 
+    import mmubn.hooks  # registers them
     import mmubn.pretrained  # noqa: F401 - init_cfg.strict
 
     # In the root registry: mmcv looks a norm up in the scope it is called from and in its parents, never in a sibling.

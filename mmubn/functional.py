@@ -35,6 +35,7 @@ __all__ = [
     'select_statistics',
     'similarity_sums',
     'statistics_dtype',
+    'unit_vectors',
     'update_running_similarity',
     'without_autocast',
 ]
@@ -107,15 +108,25 @@ def similarity_sums(x: Tensor, max_samples: int = 16) -> tuple[Tensor, int]:
     Returns:
         ``(sum, number)``: the sum 0-d in :func:`statistics_dtype`, NaN where a norm is not finite.
     """
-    f = x[:max_samples].flatten(1)
-    n = f.shape[0]
-    f = f.to(statistics_dtype(x))
+    u = unit_vectors(x[:max_samples])
+    n = u.shape[0]
+    return u.sum(0).square().sum() - u.square().sum(), n * (n - 1)
+
+
+def unit_vectors(x: Tensor) -> Tensor:
+    """``u_n = f_n / ||f_n||``, ``f_n`` the flattened sample n.
+
+    Args:
+        x: Input, (N, ...), of D values per sample.
+
+    Returns:
+        (N, D), in :func:`statistics_dtype`. A sample of zeros stays zero; one whose norm is not finite becomes NaN.
+    """
+    f = x.flatten(1).to(statistics_dtype(x))
     # Normalise before any product: a dot product over C*H*W values would leave the range of float16.
     norm = torch.linalg.vector_norm(f, dim=1, keepdim=True)
-    u = f / norm.clamp_min(torch.finfo(f.dtype).tiny)
-    total = u.sum(0).square().sum() - u.square().sum()
     # A finite sample of infinite norm (its square overflowed) would pass for a sample of zeros.
-    return torch.where(norm.isfinite().all(), total, float('nan')), n * (n - 1)
+    return f / torch.where(norm.isfinite(), norm.clamp_min(torch.finfo(f.dtype).tiny), float('nan'))
 
 
 def update_running_similarity(running_similarity: Tensor, similarity: Tensor, momentum: float) -> Tensor:

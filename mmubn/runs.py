@@ -157,20 +157,24 @@ def group_runs(runs: Iterable[Path]) -> dict[str, list[Path]]:
 
 
 def read_runs(runs: Iterable[Path]) -> tuple[dict[str, dict[Path, list[dict]]], list[str]]:
-    """The scalars of each run in groups of :func:`group_runs`, and a sentence for each run that has none.
+    """The scalars of each run in groups of :func:`group_runs`, and, if some have none, a sentence that names these.
 
     Raises:
         UsageError: None of the runs has any.
     """
-    records, problems = {}, []
+    records, missing = {}, []
     for run in runs:
         try:
             records[run] = read_scalars(run)
-        except UsageError as error:
-            problems.append(str(error))
+        except UsageError:
+            missing.append(str(run))
+    problem = (
+        f'no log RUN/*/vis_data/scalars.json can be read of {", ".join(missing)}; give work dirs of tools/train.py.'
+    )
     if not records:
-        raise UsageError(' '.join(problems))
-    return {label: {run: records[run] for run in each} for label, each in group_runs(records).items()}, problems
+        raise UsageError(problem)
+    groups = {label: {run: records[run] for run in each} for label, each in group_runs(records).items()}
+    return groups, [problem] if missing else []
 
 
 def over_seeds(curves: list[tuple[list[int], list[float]]]) -> tuple[np.ndarray, np.ndarray]:

@@ -97,11 +97,11 @@ GOOD = 'configs: [CONFIG], variants: {A: {}, B: {}}'
         ('sweeps: {one: {configs: [CONFIG], grid: {load_from: a}}}', 'grid.load_from must be a list of values'),
         ('sweeps: {one: {configs: [missing.py], variants: {A: {}}}}', 'the config missing.py does not exist'),
         ('sweeps: {one: {configs: [CONFIG], grid: {train_cfg.max_epoch: [1]}}}', "did you mean 'max_epochs'?"),
-        ('sweeps: {one: {configs: [CONFIG], grid: {modle.head.topk: [1]}}}', "no 'modle'; did you mean 'model'?"),
+        ('sweeps: {one: {configs: [CONFIG], grid: {modal.head.topk: [1]}}}', "no 'modal'; did you mean 'model'?"),
         ('sweeps: {one: {configs: [CONFIG], grid: {load_form: [a]}}}', "did you mean 'load_from'?"),
         (
-            'sweeps: {one: {configs: [CONFIG], grid: {model.backbone.norm_cfg.treshold: [0.1]}}}',
-            'one: treshold=0.1, seed 0: model.backbone.norm_cfg: UBN.__init__() got an unexpected keyword argument',
+            'sweeps: {one: {configs: [CONFIG], grid: {model.backbone.norm_cfg.threshld: [0.1]}}}',
+            'one: threshld=0.1, seed 0: model.backbone.norm_cfg: UBN.__init__() got an unexpected keyword argument',
         ),
         (
             'sweeps: {one: {configs: [CONFIG], grid: {model.backbone.norm_cfg.threshold: [2]}}}',

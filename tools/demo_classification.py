@@ -17,10 +17,11 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from analysis_tools.plot_curves import read_scalars, series
 from demo import run, show
 from rich.console import Console
 from rich.markdown import Markdown
+
+from mmubn.runs import read_scalars, series
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt

@@ -39,8 +39,8 @@ seed, bonus = int(folder.name[4:]), 2 * (folder.parent.name == 'b')
 lines = []
 for epoch in (1, 2, 3):
     print(f'x - mmengine - INFO - Epoch(train) [{epoch}][2/2] lr: 0.1', flush=True)
-    lines.append({'loss': 1.0, 'step': 2 * epoch})
-    lines.append({'accuracy/top1': 10 * epoch + bonus * epoch + seed, 'step': epoch})
+    lines.append({'loss': 1.0, 'epoch': epoch, 'iter': 2 * epoch, 'step': 2 * epoch})
+    lines.append({'accuracy/top1': 10 * epoch + bonus * epoch + seed, 'data_time': 0.1, 'step': epoch})
 log.write_text('\\n'.join(map(json.dumps, lines)))
 """
 DIST_TRAIN = '#!/bin/sh\nexec python train_tools/train.py "$1" --processes "$2" --port "$PORT" "${@:3}"\n'

@@ -40,7 +40,7 @@ from scipy import stats
 
 from mmubn.engine import UsageError, run_tool
 from mmubn.plots import line_style, plt, save
-from mmubn.runs import read_scalars, series
+from mmubn.runs import over_seeds, read_scalars, series, validation_records
 from mmubn.sweeps import Sweep, SweepRun, read_sweeps
 
 TOOLS = Path(__file__).resolve().parent.parent
@@ -147,7 +147,7 @@ class Trainer:
         task = self._progress.add_task(str(run), total=1)
         tail = collections.deque(maxlen=30)
         pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
-        with folder.with_suffix('.out').open('w') as log:
+        with folder.with_suffix('.out').open('w', buffering=1) as log:
             process = subprocess.Popen(command, env=environment, start_new_session=True, **pipe)
             self._processes.add(process)
             for line in process.stdout:
@@ -242,7 +242,7 @@ def read_curves(sweep: Sweep, work_dir: Path) -> dict[str, dict[str, Curve]]:
         folder = folder_of(run, work_dir)
         if not (folder / DONE).exists():
             continue
-        records = read_scalars(folder)
+        records = validation_records(read_scalars(folder))
         for metric in sweep.metrics:
             steps, values = series(records, metric)
             if steps:
@@ -250,9 +250,8 @@ def read_curves(sweep: Sweep, work_dir: Path) -> dict[str, dict[str, Curve]]:
     curves = {}
     for metric, labels in found.items():
         for label, by_seed in labels.items():
-            epochs = sorted(set.intersection(*(set(steps) for steps, _ in by_seed.values())))
-            values = [[dict(zip(*each, strict=True))[epoch] for epoch in epochs] for each in by_seed.values()]
-            curves.setdefault(metric, {})[label] = Curve(list(by_seed), epochs, np.array(values))
+            epochs, values = over_seeds(list(by_seed.values()))
+            curves.setdefault(metric, {})[label] = Curve(list(by_seed), epochs.tolist(), values)
     return curves
 
 

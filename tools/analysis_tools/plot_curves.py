@@ -1,82 +1,99 @@
 """Plot the training loss and the validation metrics of one or several runs from MMEngine's logs.
 
+Runs that differ in their seed alone (UBN/seed0, UBN/seed1 or UBN-seed0, UBN-seed1) become one curve, their mean, with
+the standard deviation as a band.
+
 Example:
 
-    python tools/analysis_tools/plot_curves.py work_dirs/demo --out curves.png
+    python tools/analysis_tools/plot_curves.py work_dirs/bn-seed*/ work_dirs/ubn-seed*/ --out curves.png
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import math
 from pathlib import Path
 
-import matplotlib
+from matplotlib.axes import Axes
 
 from mmubn.engine import UsageError, run_tool
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
-
-MARKERS = 'osv^Dx'  # curves stay apart in black and white
+from mmubn.plots import line_style, plt, save
+from mmubn.runs import metric_names, over_seeds, read_runs, series, training_records, validation_records
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
-    parser.add_argument('runs', nargs='+', type=Path, help='work dirs of runs')
+    summary, details, _ = __doc__.split('\n\n', 2)
+    parser = argparse.ArgumentParser(description=summary, epilog=details)
+    parser.add_argument('runs', nargs='+', type=Path, metavar='RUN', help='work dirs of runs')
     metrics = ['bbox_mAP', 'segm_mAP', 'top1']
-    parser.add_argument('--metrics', nargs='+', default=metrics, help='validation metrics to plot, of those logged')
-    parser.add_argument('--out', type=Path, required=True, help='file to write; its ending chooses the format')
+    parser.add_argument(
+        '--metrics',
+        nargs='+',
+        default=metrics,
+        metavar='NAME',
+        help=f'validation metrics to plot, of those logged (default: {" ".join(metrics)})',
+    )
+    parser.add_argument('--out', type=Path, required=True, help='where to write: out.png and out.svg')
     return parser.parse_args()
 
 
-def read_scalars(run: Path) -> list[dict]:
-    """All records of a run in the order of its starts; a resumed run has one log per start."""
-    logs = sorted(run.glob('*/vis_data/scalars.json'))
-    if not logs:
-        raise UsageError(f'no log matches {run}/*/vis_data/scalars.json; give the work dir of a run of tools/train.py.')
-    records = []
-    for log in logs:
-        for number, line in enumerate(log.read_text().splitlines(), 1):
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:  # the last line of a killed run
-                print(f'{log}, line {number}: cut off, left out')
-    return records
-
-
-def series(records: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one scalar; what a resumed run repeats replaces what the killed one had logged."""
-    values = {}
-    for record in records:
-        for key, value in record.items():
-            if key.split('/')[-1] == name:
-                values[record['step']] = value
-    steps = sorted(values)
-    return steps, [values[step] for step in steps]
+def draw(axis: Axes, curves: list[tuple[list[int], list[float]]], label: str, style: dict) -> str:
+    """Draw the mean of the seeds' curves and a band of one standard deviation; return what the caption must say."""
+    steps, values = over_seeds(curves)
+    count = len(curves)
+    if len(steps):
+        mean = values.mean(0)
+        markers = max(1, len(steps) // 10)
+        axis.plot(steps, mean, label=f'{label}, {count} seeds' if count > 1 else label, markevery=markers, **style)
+        if count > 1:
+            spread = values.std(0, ddof=1)
+            axis.fill_between(steps, mean - spread, mean + spread, color=style['color'], alpha=0.2, linewidth=0)
+    logged = len(set().union(*(steps for steps, _ in curves)))
+    if not logged:
+        return f' {label}: nothing logged.'
+    return f' {label}: {len(steps)} of {logged} points, those that all seeds have.' if len(steps) < logged else ''
 
 
 def main() -> None:
     args = parse_args()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    for run in args.runs:
-        records = read_scalars(run)
-        left.plot(*series(records, 'loss'), label=run.name)
-        for metric, marker in zip(args.metrics, MARKERS, strict=False):
-            steps, values = series(records, metric)
-            if steps:
-                right.plot(steps, values, marker=marker, label=f'{run.name} {metric}')
+    groups, problems = read_runs(args.runs)
+    validations = [validation_records(records) for members in groups.values() for records in members.values()]
+    metrics = [name for name in args.metrics if any(series(records, name)[0] for records in validations)]
+    if not metrics:
+        logged = dict.fromkeys(tag for records in validations for tag in metric_names(records))
+        there = f'there are: {", ".join(logged)}' if logged else 'there is none yet'
+        problems.append(f'no validation metric {" or ".join(args.metrics)} is in the logs; {there}.')
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))
+    remarks = ''
+    for i, (label, members) in enumerate(groups.items()):
+        losses = [series(training_records(records), 'loss') for records in members.values()]
+        remarks += draw(left, losses, f'{label} loss', line_style(i))
+        for j, name in enumerate(metrics):
+            values = [series(validation_records(records), name) for records in members.values()]
+            remarks += draw(right, values, f'{label} {name}', line_style(i + j * len(groups)))
+
     left.set(xlabel='iteration', ylabel='training loss', yscale='log')
-    percent = any(max(line.get_ydata()) > 1 for line in right.lines)  # MMPretrain's accuracy; MMDetection's AP is not
-    right.set(xlabel='epoch', ylabel='validation metric (%)' if percent else 'validation metric')
-    right.set_ylim(0, 100 if percent else 1)
+    # A band that reaches down to 0 would leave nothing of the axis for the curves.
+    lowest = min((y for line in left.lines for y in line.get_ydata() if 0 < y < math.inf), default=1)
+    left.set_ylim(bottom=max(left.get_ylim()[0], lowest / 2))
+    percent = any(line.get_ydata().max() > 1 for line in right.lines)  # MMPretrain's accuracy; MMDetection's AP is not
+    name = metrics[0] if len(metrics) == 1 else 'metric'
+    right.set(xlabel='epoch', ylabel=f'{name} on the validation data ({"%" if percent else "from 0 to 1"})')
     for axis in (left, right):
-        axis.grid(alpha=0.3)
+        axis.set_xlim(left=0)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         if axis.lines:
-            axis.legend()
-    figure.tight_layout()
-    figure.savefig(args.out, dpi=100)
-    print(f'wrote {args.out}')
+            axis.legend(fontsize=8)
+    caption = (
+        f"{', '.join(groups)}. Left: training loss, each point a mean over MMEngine's logging window. "
+        f'Right: {", ".join(metrics) or "nothing yet"} on the validation data after an epoch.'
+    )
+    if any(len(members) > 1 for members in groups.values()):
+        caption += ' Lines of several seeds are their mean, bands one standard deviation (n - 1) to each side.'
+    save(figure, args.out, caption + remarks)
+    if problems:
+        raise UsageError(' '.join(problems))
 
 
 if __name__ == '__main__':

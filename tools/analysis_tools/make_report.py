@@ -1,0 +1,466 @@
+"""Turn the work dir of a run, or of several, into one HTML page that needs nothing else: no network, no other file.
+
+It shows what the runs logged, what FeatureCondensationHook and CovariateShiftHook measured, predictions, config and
+environment. Predictions are those that tools/test.py --show-dir left in the work dir. Where there are none, the last
+checkpoint of a single run predicts the first validation images; start this in the folder in which the run was started,
+so that the paths in its config hold.
+
+Example:
+
+    python tools/analysis_tools/make_report.py work_dirs/demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import datetime
+import io
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import jinja2
+import mmcv
+import numpy as np
+import torch
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.device import get_device
+from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
+from mmengine.runner import load_checkpoint
+from mmengine.structures import BaseDataElement
+from mmengine.visualization import Visualizer
+from PIL import Image
+from plot_condensation import (
+    FILE,
+    Log,
+    draw_layers,
+    draw_means,
+    heat_map,
+    heat_map_height,
+    read_log,
+)
+from plot_curves import draw
+
+import mmubn  # noqa: F401 - registers UBN for configs that do not import it
+from mmubn.engine import UsageError, check_paths, run_tool
+from mmubn.plots import line_style, plt
+from mmubn.runs import (
+    group_runs,
+    metric_names,
+    read_layer_log,
+    read_scalars,
+    series,
+    training_records,
+    validation_records,
+)
+
+SHIFT_FILE = 'covariate_shift.jsonl'
+MAIN_METRICS = ('bbox_mAP', 'segm_mAP', 'top1')
+NUM_EXAMPLES = 6
+# How MMEngine names the folder of a start, and begins a line and the list of what is installed in its log.
+START = re.compile(r'\d{8}_\d{6}')
+LINE = re.compile(r'^(\d{4}/\d\d/\d\d \d\d:\d\d:\d\d) - ', re.MULTILINE)
+ENVIRONMENT = re.compile(r'^-{60}\n(System environment:\n.*?)\n-{60}$', re.MULTILINE | re.DOTALL)
+
+T = TypeVar('T')
+
+
+def parse_args() -> argparse.Namespace:
+    summary, details, _ = __doc__.split('\n\n', 2)
+    parser = argparse.ArgumentParser(description=summary, epilog=details)
+    parser.add_argument('work_dir', type=Path, help='work dir of a run, or a folder that has those of several')
+    parser.add_argument('--out', type=Path, help='default: WORK_DIR/report.html')
+    return parser.parse_args()
+
+
+# ---- what a page is made of
+
+
+class Picture(NamedTuple):
+    uri: str  # data:..., the image itself
+    alt: str
+    caption: str
+
+
+@dataclass
+class Section:
+    heading: str
+    lines: list[str] = field(default_factory=list)
+    table: list[list[object]] = field(default_factory=list)  # the first row is the header
+    pictures: list[Picture] = field(default_factory=list)
+    size: str = 'large'  # of the pictures; small ones stand side by side
+    text: str = ''  # shown on demand
+
+
+def drawn(figure: Figure, alt: str, caption: str) -> Picture:
+    file = io.BytesIO()
+    figure.savefig(file, format='svg', dpi=110, bbox_inches='tight', pad_inches=0.1, metadata={'Date': None})
+    plt.close(figure)
+    return Picture(_uri('svg+xml', file), alt, caption)
+
+
+def photo(path: Path) -> Picture:
+    """An image file, no larger than a page needs it."""
+    file = io.BytesIO()
+    with Image.open(path) as image:
+        image.thumbnail((1000, 1000))
+        image.convert('RGB').save(file, 'JPEG', quality=90)
+    return Picture(_uri('jpeg', file), f'Predictions for the image {path.stem}', path.stem)
+
+
+def _uri(kind: str, file: io.BytesIO) -> str:
+    return f'data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}'
+
+
+# ---- reading
+
+
+@dataclass
+class Run:
+    """What a run left in its work dir; None or empty for what it has not."""
+
+    path: Path
+    name: str
+    starts: list[Path]
+    records: list[dict]
+    condensation: Log | None
+    shift: Log | None
+    config: str  # of the last start
+    logs: list[str]  # of each start
+
+    @property
+    def metrics(self) -> list[str]:
+        return metric_names(self.records)
+
+    @property
+    def main_metrics(self) -> list[str]:
+        return [tag for tag in self.metrics if tag.split('/')[-1] in MAIN_METRICS] or self.metrics
+
+    @property
+    def unit(self) -> str:
+        """What the steps of validations count."""
+        return 'epoch' if any('epoch' in record for record in training_records(self.records)) else 'iteration'
+
+
+def find_runs(work_dir: Path) -> list[Path]:
+    """The folders of all runs in ``work_dir``, itself included. Those that logged nothing are told.
+
+    Raises:
+        UsageError: There is none with a log.
+    """
+    runs = {log.parent.parent.parent for log in work_dir.glob('**/vis_data/scalars.json')}
+    starts = [path for path in work_dir.glob('**/*') if START.fullmatch(path.name) and path.is_dir()]
+    tested = {start.parent for start in starts if (start / f'{start.name}.json').exists()}
+    for run in sorted({start.parent for start in starts} - runs - tested):
+        print(f'{run}: a run that has logged nothing (no file matches {run}/*/vis_data/scalars.json)')
+    if not runs:
+        raise UsageError(
+            f'{work_dir} has no run with a log (*/vis_data/scalars.json); give a work dir of tools/train.py.'
+        )
+    return sorted(runs)
+
+
+def read_run(path: Path, work_dir: Path) -> Run:
+    starts = sorted(log.parent.parent for log in path.glob('*/vis_data/scalars.json'))
+    return Run(
+        path,
+        name=path.resolve().name if path == work_dir else str(path.relative_to(work_dir)),
+        starts=starts,
+        records=attempt(read_scalars, path) or [],
+        condensation=hook_log(path, FILE, read_log),
+        shift=hook_log(path, SHIFT_FILE, lambda run: read_layer_log(run, SHIFT_FILE)),
+        config=read_text(starts[-1] / 'vis_data' / 'config.py'),
+        logs=[read_text(start / f'{start.name}.log') for start in starts],
+    )
+
+
+def attempt(read: Callable[[Path], T], path: Path) -> T | None:
+    """What ``read`` makes of ``path``; None, which is told, where that is an error."""
+    try:
+        return read(path)
+    except UsageError as error:
+        print(error)
+        return None
+
+
+def hook_log(run: Path, file_name: str, read: Callable[[Path], Log]) -> Log | None:
+    """What a hook measured; None where the run did without the hook, too."""
+    return attempt(read, run) if any(run.glob(f'*/{file_name}')) else None
+
+
+def read_text(path: Path) -> str:
+    """A text file; empty, which is told, where it cannot be read."""
+    try:
+        return path.read_text(errors='replace')
+    except OSError as error:
+        print(f'{path}: cannot be read: {error.strerror}')
+        return ''
+
+
+@contextlib.contextmanager
+def told(notes: list[str]) -> Iterator[None]:
+    """Add the lines that are printed meanwhile to ``notes``, and print them."""
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output):
+            yield
+    finally:
+        notes += output.getvalue().splitlines()
+        print(output.getvalue(), end='')
+
+
+# ---- the sections
+
+
+def summary(runs: list[Run]) -> Section:
+    table = [['run', 'metric', 'last', 'highest', 'iterations', 'epochs', 'time (h:mm:ss)']]
+    for run in runs:
+        last = next(reversed(training_records(run.records)), {})
+        done = last.get('iter', 0), last.get('epoch', ''), wall_time(run)
+        for i, tag in enumerate((run.metrics if len(runs) == 1 else run.main_metrics) or ['']):
+            table.append([run.name, tag, *last_and_highest(run, tag), *(('', '', '') if i else done)])
+    lines = [
+        'Time is that from the first to the last line of the logs, validation included. Metrics are those on the '
+        'validation data, as they were logged: fractions of 1 by MMDetection (-1: no objects of this size), percent by '
+        'MMPretrain.'
+    ]
+    return Section('Summary', lines, table)
+
+
+def wall_time(run: Run) -> datetime.timedelta:
+    """From the first to the last line of the log, summed over the starts."""
+    taken = datetime.timedelta()
+    for log in run.logs:
+        if lines := LINE.findall(log):
+            first, last = (datetime.datetime.strptime(line, '%Y/%m/%d %H:%M:%S') for line in (lines[0], lines[-1]))
+            taken += last - first
+    return taken
+
+
+def last_and_highest(run: Run, tag: str) -> list[str]:
+    steps, values = series(validation_records(run.records), tag)
+    return [f'{values[i]:.4g} ({run.unit} {steps[i]})' for i in (-1, int(np.argmax(values)))] if steps else ['', '']
+
+
+def curves(runs: list[Run]) -> Section:
+    """Loss, learning rate and the main metrics; runs that differ in their seed alone are averaged."""
+    by_path = {run.path: run for run in runs}
+    groups = {label: [by_path[path] for path in paths] for label, paths in group_runs(by_path).items()}
+    metrics = dict.fromkeys(tag for run in runs for tag in run.main_metrics)
+    metric_unit = 'epoch' if any(run.unit == 'epoch' for run in runs) else 'iteration'
+    section = Section('Curves', size='small')
+    for tag, name in {'loss': 'training loss', 'lr': 'learning rate', **{tag: tag for tag in metrics}}.items():
+        records_of, unit = (validation_records, metric_unit) if tag in metrics else (training_records, 'iteration')
+        figure, axis = plt.subplots(figsize=(4.6, 3.2))
+        remarks = ''
+        for i, (label, group) in enumerate(groups.items()):
+            remarks += draw(axis, [series(records_of(run.records), tag) for run in group], label, line_style(i))
+        axis.set(xlabel=unit, ylabel=name)
+        if tag == 'loss':
+            # A band that reaches 0 would leave nothing of a logarithmic axis for the lines.
+            lowest = min((y for line in axis.lines for y in line.get_ydata() if y > 0), default=1)
+            axis.set(yscale='log', ylim=(0.9 * lowest, None))
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        if len(groups) > 1:
+            figure.legend(loc='outside lower center', ncols=2, fontsize=7)
+        caption = f'{name} by {unit}.{remarks}'
+        section.pictures.append(drawn(figure, f'{name} by {unit} of {", ".join(groups)}', caption))
+    if len(groups) < len(runs):
+        section.lines = ['Lines of several seeds are their mean, bands one standard deviation (n - 1) to each side.']
+    return section
+
+
+def condensation(runs: list[Run]) -> Section:
+    """The mean over the layers, of all runs."""
+    logs = {run.path: run.condensation for run in runs if run.condensation}
+    section = Section('Feature condensation')
+    if logs:
+        figure, caption = draw_means(logs, {}, metric=None)
+        section.pictures = [drawn(figure, 'Mean similarity and share of condensed layers against iterations', caption)]
+    if missing := [run.name for run in runs if not run.condensation]:
+        section.lines = [
+            f'No measurement in {", ".join(missing)}. FeatureCondensationHook measures in training how similar the '
+            "samples are at every norm layer: custom_hooks=[dict(type='FeatureCondensationHook')] in the config."
+        ]
+    return section
+
+
+def run_sections(run: Run, alone: bool) -> list[Section]:
+    sections = []
+    if run.condensation:
+        figure, caption = draw_layers({run.path: run.condensation})
+        alt = 'Heat map of the similarity, layers against iterations'
+        sections.append(Section('Feature condensation, layer by layer', pictures=[drawn(figure, alt, caption)]))
+    return [*sections, covariate_shift(run), examples(run, alone), *config_and_environment(run)]
+
+
+def covariate_shift(run: Run) -> Section:
+    section = Section('Covariate shift')
+    if not run.shift:
+        section.lines = [
+            'No measurement. CovariateShiftHook measures in training how far an update moves what the norm layers '
+            "give: custom_hooks=[dict(type='CovariateShiftHook')] in the config."
+        ]
+        return section
+    first = next(iter(run.shift.values()))
+    size = (1.5 + 5 * len(run.shift), heat_map_height(first) + 0.7)
+    figure, (axes,) = plt.subplots(1, len(run.shift), figsize=size, sharey=True, squeeze=False)
+    values = np.concatenate([each.values.ravel() for each in run.shift.values()])
+    positive = values[values > 0]
+    scale = LogNorm(*(positive.min(), positive.max()) if len(positive) else (None, None))
+    for axis, (quantity, layers) in zip(axes, run.shift.items(), strict=True):
+        mesh = heat_map(axis, layers, scale)
+        axis.set_title(quantity, fontsize=9)
+    figure.colorbar(mesh, ax=axes, location='top', aspect=40, shrink=0.7, label='Earth-Mover distance')
+    caption = (
+        "Earth-Mover distance between a norm layer's outputs on the fixed batch before and after an update, in the "
+        'unit of the outputs. channel: mean over the channels; joint: sliced distance of all channels together. White: '
+        'zero or no value.'
+    )
+    section.pictures = [drawn(figure, 'Heat maps of the distance, layers against iterations', caption)]
+    return section
+
+
+def examples(run: Run, alone: bool) -> Section:
+    """Images that the run left or, for a page of this run alone, that its last checkpoint makes."""
+    section = Section('Example predictions', size='small')
+    if paths := left_images(run.path):
+        section.lines = [f'The first images of {paths[0].parent}.']
+        section.pictures = photos(paths)
+    elif alone:
+        try:
+            section.lines, section.pictures = predicted(run)
+        # Whatever there may be with the user's config, checkpoint or data, the rest of the page is shown.
+        except Exception as error:
+            reason = str(error) if isinstance(error, UsageError) else f'{type(error).__name__}: {error}'
+            print(f'{run.path}: no example predictions: {reason}')
+            section.lines = [
+                f'None: {reason}',
+                f'Those that tools/test.py --work-dir {run.path} --show-dir NAME leaves would be shown here.',
+            ]
+    else:
+        section.lines = [f'None in {run.path}. A report of this run alone makes some.']
+    return section
+
+
+def left_images(run: Path) -> list[Path]:
+    """The first images that the last start with images left, as tools/test.py --show-dir does."""
+    images: dict[str, list[Path]] = {}
+    for path in sorted(run.rglob('*')):
+        start = next(filter(START.fullmatch, path.relative_to(run).parts), None)
+        if start and path.suffix in ('.png', '.jpg', '.jpeg'):
+            images.setdefault(start, []).append(path)
+    return images[max(images)][:NUM_EXAMPLES] if images else []
+
+
+def photos(paths: list[Path]) -> list[Picture]:
+    pictures = []
+    for path in paths:
+        try:
+            pictures.append(photo(path))
+        except OSError as error:
+            print(f'{path}: cannot be shown: {error}')
+    return pictures
+
+
+def predicted(run: Run) -> tuple[list[str], list[Picture]]:
+    """What the last checkpoint predicts for the first validation images, drawn by the config's visualizer."""
+    cfg = Config.fromfile(run.starts[-1] / 'vis_data' / 'config.py')
+    checkpoint = last_checkpoint(run.path)
+    if cfg.get('val_dataloader') is None:
+        raise UsageError('the config has no val_dataloader.')
+    check_paths(cfg, splits=('val',), pretrained=False)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(io.StringIO()),
+        plt.style.context('default'),  # the visualizers draw with Matplotlib, and not in the style of our plots
+        torch.no_grad(),
+    ):
+        init_default_scope(cfg.get('default_scope', 'mmengine'))
+        dataset = DATASETS.build(cfg.val_dataloader.dataset)
+        model = MODELS.build(cfg.model).to(get_device()).eval()
+        load_checkpoint(model, str(checkpoint), map_location='cpu', strict=True)
+        # Of a name of its own: one that exists would be taken, with where it writes.
+        visualizer = VISUALIZERS.build({**cfg.visualizer, 'vis_backends': None, 'name': f'report of {run.path}'})
+        visualizer.dataset_meta = dataset.metainfo
+        for i in range(min(NUM_EXAMPLES, len(dataset))):
+            data = dataset[i]
+            (sample,) = model.test_step(pseudo_collate([data]))
+            draw_sample(visualizer, data, sample, Path(folder), i)
+        pictures = photos(sorted(Path(folder).iterdir()))
+    return [f'{checkpoint.name} on the first validation images. Detections: annotated left, predicted right.'], pictures
+
+
+def draw_sample(visualizer: Visualizer, data: dict, sample: BaseDataElement, folder: Path, index: int) -> None:
+    if 'img_path' in sample:
+        name, image = Path(sample.img_path).stem, mmcv.imread(sample.img_path, channel_order='rgb')
+    else:  # data sets that are one file, such as CIFAR
+        name, image = 'image', data['inputs'].permute(1, 2, 0).numpy()
+    out_file = str(folder / f'{index + 1}-{name}.png')
+    if hasattr(visualizer, 'visualize_cls'):  # MMPretrain
+        visualizer.visualize_cls(image, sample, resize=224, out_file=out_file)
+    else:
+        visualizer.add_datasample(name, image, sample, out_file=out_file)
+
+
+def last_checkpoint(run: Path) -> Path:
+    """The checkpoint that ``last_checkpoint`` names, also in a work dir that was moved."""
+    note = run / 'last_checkpoint'
+    if not note.exists():
+        raise UsageError(f'{note} does not exist.')
+    checkpoint = Path(note.read_text().strip())
+    checkpoint = checkpoint if checkpoint.exists() else run / checkpoint.name
+    if not checkpoint.exists():
+        raise UsageError(f'{checkpoint}, which {note} names, does not exist.')
+    return checkpoint
+
+
+def config_and_environment(run: Run) -> list[Section]:
+    """Those of the last start."""
+    environment = ENVIRONMENT.search(run.logs[-1])
+    texts = {'Config': run.config, 'Environment': environment[1] if environment else ''}
+    return [
+        Section(heading, [f'Of the last start, {run.starts[-1].name}.' if text else 'Not in the work dir.'], text=text)
+        for heading, text in texts.items()
+    ]
+
+
+# ---- the page
+
+
+def render(title: str, sections: list[Section], runs: list[tuple[str, list[Section]]]) -> str:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template('report.html.j2').render(title=title, sections=sections, runs=runs)
+
+
+def main() -> None:
+    args = parse_args()
+    notes: list[str] = []
+    with told(notes):
+        runs = [read_run(path, args.work_dir) for path in find_runs(args.work_dir)]
+        sections = [summary(runs), curves(runs), condensation(runs)]
+        parts = [(run.name, run_sections(run, alone=len(runs) == 1)) for run in runs]
+    if len(runs) == 1:
+        sections += parts.pop()[1]
+    if notes:
+        sections.insert(0, Section('What could not be read', notes))
+    title = str(args.work_dir) if args.work_dir.name else args.work_dir.resolve().name
+    out = args.out or args.work_dir / 'report.html'
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(render(title, sections, parts), encoding='utf-8')
+    print(f'wrote {out}')
+
+
+if __name__ == '__main__':
+    run_tool(main)
