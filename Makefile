@@ -47,10 +47,10 @@ results-detection: results-classification
 	$(RESULTS) detection-from-scratch detection-handed-over
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m 'not slow' $(PYTEST_ARGS)
 
 test-all: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,22 +1,40 @@
 """Settings of all tests."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from mmengine.registry import DefaultScope
 
-# Small tensors gain nothing from threads, and threads that wait for a busy core cost minutes.
+# Small tensors gain nothing from threads, and threads that wait for a busy core cost minutes: here and in the processes
+# that tests start.
 torch.set_num_threads(1)
+os.environ['OMP_NUM_THREADS'] = '1'
 
 # Runs of several processes: one at a time, or they are in each other's way.
 PROCESSES = {'test_faults', 'test_train_and_test'}
+# Many short tests that share nothing: each runs where there is room.
+SINGLE = {'test_contract', 'test_backbones', 'test_classification_configs', 'test_configs', 'test_detectors'}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """How pytest-xdist shares the tests between processes (--dist loadgroup): by the file."""
-    for item in items:
-        name = item.path.stem
-        item.add_marker(pytest.mark.xdist_group('processes' if name in PROCESSES else name))
+    """The longest work first."""
+    items.sort(key=lambda item: (item.path.stem in SINGLE) - (item.path.stem in PROCESSES))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """How pytest-xdist shares the tests between processes. Its loadgroup does nothing with pytest 9.2 (xdist 3.8)."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            name = Path(nodeid.split('::')[0]).stem
+            return nodeid if name in SINGLE else 'processes' if name in PROCESSES else name
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True)

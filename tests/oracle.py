@@ -99,16 +99,12 @@ def norm(
         else:
             taps = list(neighbors[c])
             taps.insert(len(taps) // 2, parameters['weight'][c])
-        out = []
-        for n in range(samples):
-            r = factor(x, normalized, n, c, parameters, scaling, eps)
-            z = r * normalized[c][n]
-            padded = torch.nn.functional.pad(z, (half,) * 4) if half else z
-            y = sum(
-                taps[i * size + j] * padded[i : i + height, j : j + width] for i in range(size) for j in range(size)
-            )
-            out.append(y + parameters['bias'][c] * (r if calibrate_bias else 1.0))
-        out_channels.append(torch.stack(out))
+        r = [factor(x, normalized, n, c, parameters, scaling, eps) for n in range(samples)]
+        z = torch.stack([r[n] * normalized[c][n] for n in range(samples)])
+        padded = torch.nn.functional.pad(z, (half,) * 4) if half else z
+        y = sum(taps[i * size + j] * padded[:, i : i + height, j : j + width] for i in range(size) for j in range(size))
+        bias = parameters['bias'][c]
+        out_channels.append(torch.stack([y[n] + bias * (r[n] if calibrate_bias else 1.0) for n in range(samples)]))
 
     if training and condensed:
         state['running_mean'] = (1 - momentum) * state['running_mean'] + momentum * torch.stack(means)

@@ -9,13 +9,13 @@ from torch.utils.checkpoint import checkpoint
 from mmubn.layers import SyncUBN
 
 
-def run(rank, world, folder, scenarios):
+def run(rank, world, folder):
     """Run every scenario and save what this process saw of it."""
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=world)
     collectives = count_collectives()
     results = {}
-    for name, scenario in scenarios.items():
+    for name, scenario in torch.load(folder / 'scenarios.pt').items():
         layer = SyncUBN(scenario['batches'][0][0].shape[1], **scenario['options']).to(scenario['batches'][0][0].dtype)
         layer.load_state_dict(scenario['state_dict'])
         layer.train(scenario.get('training', True))

@@ -6,10 +6,9 @@ Conversion to SyncBatchNorm and folding into convolutions are in ``test_guards.p
 import copy
 import inspect
 import itertools
-import subprocess
-import sys
 from types import SimpleNamespace
 
+import forks
 import pytest
 import torch
 from mmdet.engine.hooks import MeanTeacherHook
@@ -445,15 +444,10 @@ class TestParallel:
 
     def test_two_processes_gate_on_their_own(self, tmp_path):
         """MMEngine's DDP: no broadcast of buffers, unused parameters are an error."""
-        code = inspect.getsource(ddp_process) + '\nimport sys\nddp_process(int(sys.argv[1]), sys.argv[2])'
-        processes = [
-            subprocess.Popen(
-                [sys.executable, '-c', code, str(rank), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            )
-            for rank in range(2)
-        ]
-        outputs = [process.communicate()[0].decode() for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], '\n'.join(outputs)
+        code = inspect.getsource(ddp_process)
+        calls = [(f'{code}\nddp_process({rank}, {str(tmp_path)!r})', {}) for rank in range(2)]
+        results = forks.together(exec, *calls)
+        assert [result.returncode for result in results] == [0, 0], '\n'.join(result.stdout for result in results)
         first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in range(2))
         assert first['tracked'] == [1, 2, 3, 4], 'open on the first process'
         assert second['tracked'] == [0, 0, 0, 0], 'closed on the second process'

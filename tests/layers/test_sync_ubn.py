@@ -2,6 +2,7 @@
 
 import copy
 
+import forks
 import oracle
 import pytest
 import sync_workers
@@ -69,7 +70,9 @@ def run(request, tmp_path_factory):
     scenarios['not finite'] = not_finite
 
     folder = tmp_path_factory.mktemp('sync')
-    torch.multiprocessing.spawn(sync_workers.run, (world, folder, scenarios), nprocs=world)
+    torch.save(scenarios, folder / 'scenarios.pt')
+    for result in forks.together(sync_workers.run, *((rank, world, folder) for rank in range(world))):
+        assert result.returncode == 0, result.stdout
     return world, plain, scenarios, [torch.load(folder / f'{rank}.pt') for rank in range(world)]
 
 

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import sys
 
 import numpy as np
 import pytest
-from cli import tool
+from cli import ROOT, run, tool
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -22,7 +23,10 @@ def make(folder, *arguments):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    return make(tmp_path_factory.mktemp('data') / 'digits')
+    folder = tmp_path_factory.mktemp('data') / 'digits'
+    result = run(sys.executable, ROOT / 'tools' / 'dataset_converters' / 'digits_to_coco.py', folder, *ARGUMENTS)
+    assert result.returncode == 0, result.stdout
+    return folder
 
 
 def annotations(folder, split):

@@ -1,6 +1,6 @@
 """Killed runs: their checkpoints are whole, they resume exactly, and no process of theirs hangs or stays.
 
-What trains in forks of a toy runs in a Python of its own: ``alone(function, ...)`` calls a function of this file there.
+What trains in forks of a toy runs in a process of its own: ``alone(function, ...)`` calls a function of this file.
 """
 
 import contextlib
@@ -11,11 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import psutil
 import pytest
 import torch
 import toy
-from cli import CONFIG, ROOT, free_port, run, tool
+from cli import CONFIG, ROOT, free_port, ranks, run, tool
 from mmengine.config import Config
 from mmengine.fileio import LocalBackend
 
@@ -28,7 +29,7 @@ ENVIRONMENT = {'PYTHONPATH': str(HERE)}
 
 def alone(function, *arguments):
     code = f'import test_faults; test_faults.{function.__name__}(*{tuple(map(str, arguments))!r})'
-    result = run(sys.executable, '-c', code, **ENVIRONMENT)
+    (result,) = forks.together(exec, (code,))
     assert result.returncode == 0, result.stdout
 
 
@@ -196,7 +197,7 @@ class TestResumption:
         options = [*options, 'train_dataloader.num_workers=1', 'train_dataloader.persistent_workers=True']
         whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
         for work_dir, resume in ((whole, []), (resumed, ['--resume', whole / 'epoch_1.pth'])):
-            result = tool('train.py', flipped, '--work-dir', work_dir, *resume, *options)
+            result = tool('train.py', flipped, '--work-dir', work_dir, *resume, *options, OMP_NUM_THREADS='2')
             assert result.returncode == 0, result.stdout
         assert len(toy.losses(whole)) == 8
         assert toy.losses(resumed) == toy.losses(whole)[4:]
@@ -217,10 +218,9 @@ class TestResumption:
     def resume_two_processes(self, config, folder, options, iterations):
         whole, resumed = folder / 'whole', folder / 'resumed'
         for work_dir, resume in ((whole, []), (resumed, ['--resume', whole / 'epoch_1.pth'])):
-            command = [ROOT / 'tools' / 'dist_train.sh', config, '2', '--work-dir', work_dir, *resume]
             keep_all = 'default_hooks.checkpoint.max_keep_ckpts=-1'
-            result = run(*command, *options, keep_all, PORT=free_port(), **ENVIRONMENT)
-            assert result.returncode == 0, result.stdout
+            for result in ranks(2, 'train.py', config, '--work-dir', work_dir, *resume, *options, keep_all):
+                assert result.returncode == 0, result.stdout
         assert len(toy.losses(whole)) == iterations
         assert toy.losses(resumed) == toy.losses(whole)[2:], 'an epoch has 2 iterations'
 

@@ -1,6 +1,8 @@
 """tools/misc/print_config.py."""
 
-from cli import CONFIG, tool
+import sys
+
+from cli import CONFIG, ROOT, run, tool
 from mmengine.config import Config
 
 
@@ -17,7 +19,8 @@ def test_prints_a_config_that_reads_back(tmp_path):
 
 
 def test_a_config_of_mmdetection():
-    result = tool('misc/print_config.py', 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py')
+    script = ROOT / 'tools' / 'misc' / 'print_config.py'
+    result = run(sys.executable, script, 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py')
     assert result.returncode == 0, result.stdout
     assert "type='RetinaNet'" in result.stdout
 

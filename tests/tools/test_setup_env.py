@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from cli import ROOT, tool
+from cli import ROOT, run
+
+SCRIPT = ROOT / 'tools' / 'setup_env.py'
 
 
 @pytest.fixture(scope='module')
@@ -41,7 +43,7 @@ def test_the_environment_of_this_test_is_the_locked_one(setup_env):
 
 def test_a_ready_environment_is_left_as_it_is(setup_env, tmp_path):
     (tmp_path / '.mmubn-environment').write_text(setup_env.environment_key())
-    result = tool('setup_env.py', tmp_path)
+    result = run(sys.executable, SCRIPT, tmp_path)
     assert result.returncode == 0
     assert result.stdout == ''
     assert [path.name for path in tmp_path.iterdir()] == ['.mmubn-environment']
@@ -49,13 +51,13 @@ def test_a_ready_environment_is_left_as_it_is(setup_env, tmp_path):
 
 def test_a_folder_that_is_no_environment_is_left_alone(tmp_path):
     (tmp_path / 'thesis.txt').write_text('years of work')
-    result = tool('setup_env.py', tmp_path)
+    result = run(sys.executable, SCRIPT, tmp_path)
     assert result.returncode == 1
     assert f'{tmp_path} exists and is no virtual environment' in result.stdout
 
 
 def test_a_missing_compiler_is_told(tmp_path):
-    result = tool('setup_env.py', tmp_path / 'venv', PATH=str(tmp_path), CXX='')
+    result = run(sys.executable, SCRIPT, tmp_path / 'venv', PATH=str(tmp_path), CXX='')
     assert result.returncode == 1
     assert 'apt-get install g++' in result.stdout
     assert not (tmp_path / 'venv').exists()

@@ -11,13 +11,15 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from cli import CONFIG, ROOT, data_options, free_port, metrics, run, tool
+import toy
+from cli import CONFIG, ROOT, data_options, free_port, metrics, ranks, run, tool
 from mmdet.datasets import CocoDataset
 from torchvision.models import resnet50
 
 import mmubn  # noqa: F401 - lets torch.load read MMEngine's checkpoints
 
 TOOLS = ROOT / 'tools'
+TOY = str(Path(toy.__file__).parent)
 
 
 def logged(work_dir):
@@ -28,6 +30,11 @@ def logged(work_dir):
 
 def steps(work_dir):
     return [record['step'] for record in logged(work_dir) if 'loss' in record]
+
+
+def coco(work_dir):
+    """The COCO metrics of the last test run in ``work_dir``."""
+    return {key: value for key, value in metrics(work_dir).items() if key.startswith('coco/')}
 
 
 def running_similarities(checkpoint):
@@ -125,6 +132,13 @@ class TestOneProcess:
         torch.testing.assert_close(state_dict['backbone.bn1.weight'], expected.expand(64))
 
 
+@pytest.fixture
+def toy_config(tmp_path):
+    """One epoch of 4 iterations, for one process; for tests of what starts the processes, whatever they train."""
+    toy.config(tmp_path, validate=False, epochs=1).dump(tmp_path / 'toy.py')
+    return tmp_path / 'toy.py'
+
+
 class TestSeveralProcesses:
     def test_a_killed_run_resumes_and_is_evaluated(self, small, tmp_path):
         command = [TOOLS / 'dist_train.sh', CONFIG, '2', '--work-dir', tmp_path]
@@ -157,32 +171,33 @@ class TestSeveralProcesses:
         assert steps(tmp_path)[before:] == [2 * epoch + 1, 2 * epoch + 2]
         checkpoint = tmp_path / f'epoch_{epoch + 1}.pth'
 
-        found = []
-        for processes in ('2', '1'):
-            work_dir = tmp_path / f'test{processes}'
-            arguments = [CONFIG, checkpoint, processes, '--work-dir', work_dir, '--cfg-options', *small]
-            result = run(TOOLS / 'dist_test.sh', *arguments, PORT=free_port())
+        one, two = tmp_path / 'test1', tmp_path / 'test2'
+        options = ['--cfg-options', *small]
+        for result in (
+            run(TOOLS / 'dist_test.sh', CONFIG, checkpoint, '2', '--work-dir', two, *options, PORT=free_port()),
+            tool('test.py', CONFIG, checkpoint, '--work-dir', one, *options),
+        ):
             assert result.returncode == 0, result.stdout
-            found.append({key: value for key, value in metrics(work_dir).items() if key.startswith('coco/')})
-        assert found[0] == found[1], 'the evaluation must not depend on the number of processes'
+        assert coco(one) == coco(two) != {}, 'the evaluation must not depend on the number of processes'
 
     def test_four_processes_with_sync_ubn(self, small, tmp_path):
-        arguments = [CONFIG, '4', '--work-dir', tmp_path, '--cfg-options', *small, 'train_cfg.max_epochs=1']
-        arguments.append('model.backbone.norm_cfg.type=SyncUBN')
-        result = run(TOOLS / 'dist_train.sh', *arguments, 'train_dataloader.batch_size=1', PORT=free_port())
-        assert result.returncode == 0, result.stdout
+        options = ['train_cfg.max_epochs=1', 'train_dataloader.batch_size=1', 'model.backbone.norm_cfg.type=SyncUBN']
+        for result in ranks(4, 'train.py', CONFIG, '--work-dir', tmp_path, '--cfg-options', *small, *options):
+            assert result.returncode == 0, result.stdout
         assert steps(tmp_path) == [1, 2]
         assert (tmp_path / 'epoch_1.pth').is_file()
 
-    def test_two_nodes_on_loopback(self, small, tmp_path):
-        command = [TOOLS / 'dist_train.sh', CONFIG, '1', '--work-dir', tmp_path]
+    def test_two_nodes_on_loopback(self, toy_config, tmp_path):
+        command = [TOOLS / 'dist_train.sh', toy_config, '1', '--work-dir', tmp_path]
         port, nodes = free_port(), []
         for rank in ('0', '1'):
             nodes.append(
                 subprocess.Popen(
-                    [*command, '--cfg-options', *small, 'train_cfg.max_epochs=1'],
+                    command,
                     cwd=ROOT,
-                    env=os.environ | {'NNODES': '2', 'NODE_RANK': rank, 'MASTER_ADDR': '127.0.0.1', 'PORT': port},
+                    env=os.environ
+                    | {'NNODES': '2', 'NODE_RANK': rank, 'MASTER_ADDR': '127.0.0.1', 'PORT': port}
+                    | {'PYTHONPATH': TOY},
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                     text=True,
@@ -190,10 +205,10 @@ class TestSeveralProcesses:
             )
         outputs = [node.communicate(timeout=300)[0] for node in nodes]
         assert [node.returncode for node in nodes] == [0, 0], '\n'.join(outputs)
-        assert steps(tmp_path) == [1, 2], 'each of two processes has half of the images'
+        assert steps(tmp_path) == [1, 2], 'each of two processes has half of the samples'
         assert 'GPU number: 2' in outputs[0], 'MMEngine logs the number of processes under this name'
 
-    def test_slurm(self, small, tmp_path):
+    def test_slurm(self, toy_config, tmp_path):
         """A stand-in for srun that starts two tasks on this machine."""
         srun = tmp_path / 'bin' / 'srun'
         srun.parent.mkdir()
@@ -207,7 +222,8 @@ class TestSeveralProcesses:
         srun.chmod(0o755)
         result = run(
             TOOLS / 'slurm_train.sh',
-            *('gpu-partition', 'ubn', CONFIG, tmp_path / 'run', '--cfg-options', *small, 'train_cfg.max_epochs=1'),
+            *('gpu-partition', 'ubn', toy_config, tmp_path / 'run'),
+            PYTHONPATH=TOY,
             PATH=f'{srun.parent}:{os.environ["PATH"]}',
             MASTER_PORT=free_port(),
             GPUS='16',
