@@ -1,5 +1,6 @@
 """Settings of all tests."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -34,7 +35,12 @@ def pytest_xdist_make_scheduler(config, log):
             name = Path(nodeid.split('::')[0]).stem
             return nodeid if name in SINGLE else 'processes' if name in PROCESSES else name
 
+    config.option.loadscopereorder = False  # or the files of many tests would come first
     return Scheduling(config, log)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what the test files import: no search for garbage need go through it
 
 
 @pytest.fixture(autouse=True)

@@ -105,8 +105,15 @@ def test_the_paper_s_configs_are_all_there():
     assert found == expected | {('cifar100', 'resnet50', norm) for norm in COMPARED}
 
 
+@pytest.fixture
+def no_values(monkeypatch):
+    """Weights stay what is in memory: drawing millions of values takes longer than all else."""
+    for layer in (nn.Conv2d, nn.Linear):
+        monkeypatch.setattr(layer, 'reset_parameters', lambda layer: None)
+
+
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
-def test_network_and_norm(path):
+def test_network_and_norm(path, no_values):
     network, norm, _, _ = parts(path)
     classes = CLASSES[path.parent.name]
     cfg = load(path)

@@ -55,18 +55,34 @@ def test_no_run_is_left_out(name, sweeps):
         assert {(label, seed) for label, seeds in values.items() for seed in seeds} == expected
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_the_tables_are_those_of_the_raw_data(name, sweeps, compare_norms):
-    curves = {
+def curves(name, compare_norms, epochs=None):
+    return {
         metric: {
             label: compare_norms.Curve(
-                list(seeds), sorted(seeds[0]), np.array([list(values.values()) for values in seeds.values()])
+                list(seeds),
+                sorted(seeds[0])[:epochs],
+                np.array([list(values.values())[:epochs] for values in seeds.values()]),
             )
             for label, seeds in by_label.items()
         }
         for metric, by_label in read(name).items()
     }
-    table = [line for line in compare_norms.summarize(sweeps[name], curves).splitlines() if line.startswith('|')]
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_tables_are_those_of_the_raw_data(name, sweeps, compare_norms):
+    summary = compare_norms.summarize(sweeps[name], curves(name, compare_norms))
     text = (ROOT / 'docs' / 'results.md').read_text()
-    for line in table:
-        assert f'{line}\n' in text
+    for line in summary.splitlines():
+        if line.startswith('|'):
+            assert f'{line}\n' in text
+
+
+def test_the_head_start_is_that_of_the_raw_data(compare_norms):
+    """Differences from BN after 2 epochs, as the summary says them."""
+    after_2_epochs = curves('norms', compare_norms, epochs=2)['top1']
+    text = ' '.join((ROOT / 'docs' / 'results.md').read_text().split())
+    mean, low, high = compare_norms.difference(after_2_epochs['UBN'], after_2_epochs['BN'])
+    assert f'After 2 epochs it is {mean:.1f} points above BN (95% interval {low:.1f} to {high:.1f})' in text
+    mean, low, high = compare_norms.difference(after_2_epochs['BNET'], after_2_epochs['BN'])
+    assert f'depthwise convolution ({mean:.1f} points, {low:.1f} to {high:.1f})' in text

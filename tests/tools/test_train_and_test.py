@@ -141,13 +141,12 @@ def toy_config(tmp_path):
 
 class TestSeveralProcesses:
     def test_a_killed_run_resumes_and_is_evaluated(self, small, tmp_path):
-        command = [TOOLS / 'dist_train.sh', CONFIG, '2', '--work-dir', tmp_path]
-        environment = os.environ | {'PORT': free_port()}
+        options = ['--work-dir', tmp_path, '--cfg-options', *small]
         with (tmp_path / 'killed.log').open('w') as log:
             process = subprocess.Popen(
-                [*command, '--cfg-options', *small, 'train_cfg.max_epochs=50'],
+                [TOOLS / 'dist_train.sh', CONFIG, '2', *options, 'train_cfg.max_epochs=50'],
                 cwd=ROOT,
-                env=environment,
+                env=os.environ | {'PORT': free_port()},
                 stdout=log,
                 stderr=log,
             )
@@ -163,10 +162,8 @@ class TestSeveralProcesses:
         epoch = int(re.fullmatch(r'epoch_(\d+)\.pth', last.name).group(1))
 
         before = len(steps(tmp_path))
-        result = run(
-            *command, '--resume', '--cfg-options', *small, f'train_cfg.max_epochs={epoch + 1}', PORT=free_port()
-        )
-        assert result.returncode == 0, result.stdout
+        for result in ranks(2, 'train.py', CONFIG, '--resume', *options, f'train_cfg.max_epochs={epoch + 1}'):
+            assert result.returncode == 0, result.stdout
         # 8 images, 2 processes, 2 images each: 2 iterations an epoch, none of a finished epoch repeated.
         assert steps(tmp_path)[before:] == [2 * epoch + 1, 2 * epoch + 2]
         checkpoint = tmp_path / f'epoch_{epoch + 1}.pth'
@@ -316,9 +313,9 @@ class TestBadInput:
         assert 'base_batch_size' in result.stdout
 
     def test_one_message_from_many_processes(self):
-        result = run(TOOLS / 'dist_train.sh', 'nowhere.py', '2', PORT=free_port())
-        assert result.returncode != 0
-        assert result.stdout.count('nowhere.py does not exist') == 1
+        results = ranks(2, 'train.py', 'nowhere.py')
+        assert [result.returncode for result in results] == [2, 2]
+        assert ''.join(result.stdout for result in results).count('nowhere.py does not exist') == 1
 
     @pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh'])
     def test_usage(self, script):
