@@ -63,10 +63,10 @@ class FeatureCondensationHook(Hook):
     what it is without the hook, bit for bit. In distributed training the first process measures: its own part of the
     batch, its own gates; no collective is called. After ``--resume`` the fixed batch is the same one.
 
-    **Cost.** A measurement of the training batch is a tenth of an iteration, one of the fixed batch
+    **Cost.** A measurement of the training batch takes about a tenth of an iteration, one of the fixed batch
     ``num_samples / batch_size`` evaluation forwards, 7 to 9 iterations with 2 images per process: at the default
-    intervals 1% of training, and less with more images. The fixed batch takes memory for what one sample is to all
-    norms, in float32, while nothing is kept for a backward.
+    intervals 1% of training, and less with more images. While it runs, when no activations are kept for a backward, it
+    needs memory for the inputs of all norms for one sample, in float32.
 
     Args:
         interval: Iterations between two measurements of the training batch.
