@@ -16,6 +16,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['mmubn', 'mmubn.*']),
+    package_data={'mmubn.kernels': ['*.cpp']},  # compiled at its first use, for the machine that runs it
     python_requires='>=3.10',
     install_requires=[],
     extras_require={

@@ -24,7 +24,7 @@ from mmpretrain.models import ResNet as MMPretrainResNet
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-from mmubn import UBN
+from mmubn import UBN, kernels
 
 SIGMOID_1 = torch.sigmoid(torch.ones(())).item()
 
@@ -513,7 +513,9 @@ class TestTracers:
         compiled = torch.compile(layer, backend='eager', fullgraph=True)
         for seed, shared in enumerate((3.0, 0.0, 0.0)):
             x = batch(seed=seed, shared=shared)
-            torch.testing.assert_close(compiled(x), expected(x))
+            with kernels.use_backend('reference'):  # what a compiler gets: the same bits
+                y = expected(x)
+            torch.testing.assert_close(compiled(x), y)
         assert_same_state(layer, expected.state_dict())
 
     def test_export_holds_no_gate(self):

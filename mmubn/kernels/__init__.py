@@ -5,6 +5,7 @@ Needs torch alone. A :class:`Backend` offers the passes over x:
 - ``reference``: :mod:`mmubn.functional`, plain torch, differentiated by autograd. What the others are tested against.
 - ``torch``: :mod:`mmubn.kernels.torch_ops`, with a hand-written backward that saves x and O(N C) numbers.
 - ``triton``: :mod:`mmubn.kernels.triton_kernels`, the same by kernels for NVIDIA GPUs.
+- ``cpp``: :mod:`mmubn.kernels.cpp_ops`, the same by kernels for the CPU, compiled at their first use.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mmubn import functional as F
-from mmubn.kernels import torch_ops, triton_kernels, triton_ops
+from mmubn.kernels import cpp_ops, torch_ops, triton_kernels, triton_ops
 from mmubn.kernels.autograd import Form, Parameters, Statistics, rectified_norm, reference, statistics
 
 __all__ = [
@@ -88,6 +89,15 @@ BACKENDS = {
         triton_ops.statistics,
         functools.partial(rectified_norm, triton_ops),
     ),
+    'cpp': Backend(
+        'cpp',
+        cpp_ops.instance_means,
+        cpp_ops.instance_moments,
+        cpp_ops.similarity_sums,
+        _gate_by(cpp_ops.similarity_sums),
+        cpp_ops.statistics,
+        functools.partial(rectified_norm, cpp_ops),
+    ),
 }
 _forced: str | None = None
 # torch 2.6; before, an export looks like a compilation
@@ -119,7 +129,8 @@ def name_and_reason(x: Tensor, kernel_size: int) -> tuple[str, str]:
     2. ``reference`` for an exporter or a tracer, which needs plain operators.
     3. ``triton`` where its kernels handle the input.
     4. ``reference`` for ``torch.compile``, which fuses plain operators itself.
-    5. ``torch``.
+    5. ``cpp`` where its kernels handle the input.
+    6. ``torch``.
     """
     if _forced is not None:
         return _forced, f'use_backend({_forced!r})'
@@ -133,6 +144,10 @@ def name_and_reason(x: Tensor, kernel_size: int) -> tuple[str, str]:
             return 'triton', 'the Triton kernels handle this input'
     if torch.compiler.is_compiling():
         return 'reference', f'{problem}, and torch.compile fuses plain operators itself'
+    if not x.is_cuda:
+        problem = cpp_ops.supports(x, kernel_size)
+        if problem is None:
+            return 'cpp', 'the C++ kernels handle this input'
     return 'torch', problem
 
 
@@ -145,6 +160,6 @@ def backend_info(layer: nn.Module, x: Tensor) -> str:
 
     Example:
         >>> mmubn.backend_info(mmubn.UBN(64), torch.zeros(2, 64, 8, 8))
-        'torch: the Triton kernels take tensors on an NVIDIA GPU, got one on cpu'
+        'cpp: the C++ kernels handle this input'
     """
     return ': '.join(name_and_reason(x, layer.kernel_size))

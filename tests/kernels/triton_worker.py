@@ -519,7 +519,7 @@ def run_layer(layer, x, dy, backend):
 
 @check('no layer by the name of a backend that there is not')
 def _():
-    with pytest.raises(ValueError, match='reference, torch, triton'), kernels_package.use_backend('cuda'):
+    with pytest.raises(ValueError, match='reference, torch, triton, cpp'), kernels_package.use_backend('cuda'):
         pass
 
 
