@@ -133,6 +133,9 @@ def name_and_reason(x: Tensor, kernel_size: int) -> tuple[str, str]:
     6. ``torch``.
     """
     if _forced is not None:
+        problem = cpp_ops.supports(x, kernel_size) if _forced == 'cpp' else None
+        if problem is not None:
+            raise ValueError(f'{problem}; use_backend({_forced!r}) leaves no other.')
         return _forced, f'use_backend({_forced!r})'
     if torch.jit.is_tracing() or _is_exporting():
         return 'reference', 'an export needs plain operators'

@@ -191,7 +191,8 @@ def _convolve(
 
 
 def _like(dy: Tensor, x: Tensor) -> Tensor:
-    return dy.to(x.dtype).contiguous(memory_format=memory_format(x))
+    """dy in dtype and memory format of x, as values and not as a negation to come."""
+    return dy.to(x.dtype).resolve_neg().contiguous(memory_format=memory_format(x))
 
 
 def tap_sums(dy: Tensor, x: Tensor, center: Tensor, size: int) -> tuple[Tensor, Tensor, None]:

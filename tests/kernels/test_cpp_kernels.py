@@ -168,9 +168,18 @@ def test_what_they_take():
         name, found = kernels.name_and_reason(tensor, size)
         assert name == 'torch'
         assert reason in found
+        with kernels.use_backend('cpp'), pytest.raises(ValueError, match='leaves no other'):
+            kernels.name_and_reason(tensor, size)
     reasons = []
     torch.vmap(lambda value: reasons.append(kernels.name_and_reason(value, 3)) or value)(x[None])
     assert reasons == [('torch', 'the C++ kernels take plain tensors, got one within a transform of torch.func')]
+
+
+def test_a_gradient_that_is_a_negation_to_come():
+    layer, x = mmubn.UBN(4), values(2, 4, 3, 3, dtype=torch.float32).requires_grad_()
+    y = layer(x)
+    found = [torch.autograd.grad(y, x, dy, retain_graph=True)[0] for dy in (-y.detach(), torch._neg_view(y.detach()))]
+    assert torch.equal(*found)
 
 
 def test_vmap_over_samples():
