@@ -7,9 +7,11 @@ Example:
 
 import argparse
 import copy
+from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
+from mmengine.runner import Runner
 
 import mmubn  # noqa: F401 - registers UBN for configs that do not import it
 from mmubn.engine import (
@@ -52,8 +54,19 @@ def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
     hook['enable' if classifies else 'draw'] = True
     hook.show = args.show
     hook.wait_time = args.wait_time
+    if classifies:
+        hook.interval = 1  # every image, as MMDetection's hook does
     if args.show_dir:
         hook['out_dir' if classifies else 'test_out_dir'] = args.show_dir
+
+
+def place_drawings(runner: Runner, folder: str) -> None:
+    """MMPretrain's hook takes its folder from where it is called, MMDetection's from the folder of the run."""
+    from mmpretrain.engine.hooks import VisualizationHook  # a detector needs no MMPretrain
+
+    for hook in runner.hooks:
+        if isinstance(hook, VisualizationHook):
+            hook.out_dir = str(Path(runner.work_dir, runner.timestamp, folder))
 
 
 def use_test_time_augmentation(cfg: Config) -> None:
@@ -90,6 +103,8 @@ def main() -> None:
     if args.tta:
         use_test_time_augmentation(cfg)
     runner = build_runner(cfg)
+    if args.show_dir and cfg.get('default_scope') == 'mmpretrain':
+        place_drawings(runner, args.show_dir)
     if args.out is not None:
         runner.test_evaluator.metrics.append(_dumper(cfg)(out_file_path=args.out))
     runner.test()

@@ -52,6 +52,16 @@ def classifier(tmp_path_factory):
     return folder / 'run' / 'epoch_2.pth'
 
 
+def test_a_classifier_draws_every_image_into_the_folder_of_the_run(classifier, tmp_path):
+    data = classifier.parent.parent / 'data'
+    options = [f'test_dataloader.dataset.data_root={data}', 'test_dataloader.num_workers=0']
+    options += ['test_dataloader.persistent_workers=False']
+    arguments = ['--work-dir', tmp_path, '--show-dir', 'drawn', '--cfg-options', *options]
+    result = tool('test.py', CLASSIFIER, classifier, *arguments)
+    assert result.returncode == 0, result.stdout
+    assert len(list(tmp_path.glob('*/drawn/*.png'))) == len(list(data.glob('val/*/*.png'))) == 40
+
+
 def test_from_training_to_ap(classifier, small, tmp_path):
     """Train a classifier, hand its backbone over by the checkpoint's path alone, train Faster R-CNN, measure its AP."""
     options = ['--cfg-options', *small, f'model.backbone.init_cfg.checkpoint={classifier}']
