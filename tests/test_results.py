@@ -32,10 +32,10 @@ def sweeps():
         return {sweep.name: sweep for sweep in read_sweeps(ROOT / 'configs' / 'sweeps' / 'digits.yml')}
 
 
-def read(name):
+def read(name, folder=FOLDER):
     """{metric: {choice: {seed: {epoch: value}}}}"""
     values = {}
-    for row in csv.DictReader((FOLDER / f'{name}.csv').open()):
+    for row in csv.DictReader((folder / f'{name}.csv').open()):
         seeds = values.setdefault(row['metric'], {}).setdefault(row['choice'], {})
         seeds.setdefault(int(row['seed']), {})[int(row['epoch'])] = float(row['value'])
     return values
@@ -53,7 +53,7 @@ def test_no_run_is_left_out(name, sweeps):
         assert {(label, seed) for label, seeds in values.items() for seed in seeds} == expected
 
 
-def curves(name, compare_norms, epochs=None):
+def curves(name, compare_norms, epochs=None, folder=FOLDER):
     return {
         metric: {
             label: compare_norms.Curve(
@@ -63,7 +63,7 @@ def curves(name, compare_norms, epochs=None):
             )
             for label, seeds in by_label.items()
         }
-        for metric, by_label in read(name).items()
+        for metric, by_label in read(name, folder).items()
     }
 
 
@@ -84,3 +84,22 @@ def test_the_head_start_is_that_of_the_raw_data(compare_norms):
     assert f'After 2 epochs it is {mean:.1f} points above BN (95% interval {low:.1f} to {high:.1f})' in text
     mean, low, high = compare_norms.difference(after_2_epochs['BNET'], after_2_epochs['BN'])
     assert f'depthwise convolution ({mean:.1f} points, {low:.1f} to {high:.1f})' in text
+
+
+SERIES = {'norms': ('top1', 2), 'detection-from-scratch': ('bbox_mAP', 3), 'detection-handed-over': ('bbox_mAP', 3)}
+
+
+def test_both_series_are_those_of_the_raw_data(compare_norms):
+    """The same runs by torch's operators and by the C++ kernels: what they conclude, and how far apart they are."""
+    text = (ROOT / 'docs' / 'results.md').read_text()
+    apart = {}
+    for name, (metric, digits) in SERIES.items():
+        both = [curves(name, compare_norms, folder=folder)[metric] for folder in (FOLDER / 'torch-operators', FOLDER)]
+        for label in both[0].keys() - {'BN', 'IN', 'GN'}:
+            cells = [compare_norms.compared(series[label], series['BN'], digits) for series in both]
+            assert f'| `{name}`, {label} | {cells[0]} | {cells[1]} |\n' in text
+            apart.setdefault(metric, []).extend(np.abs(both[0][label].values[:, -1] - both[1][label].values[:, -1]))
+        for label in both[0].keys() & {'BN', 'IN', 'GN'}:
+            assert np.array_equal(both[0][label].values, both[1][label].values)
+    accuracy, ap = (np.mean(apart[metric]) for metric in ('top1', 'bbox_mAP'))
+    assert f'by {accuracy:.2f} points of accuracy and {ap:.3f} of AP on average' in ' '.join(text.split())
