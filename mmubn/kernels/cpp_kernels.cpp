@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -861,34 +862,30 @@ void coefficients_backward(
   }
 }
 
-template <class T>
-void convolve(const Convolution<T>& o, Index size, bool channels_last, Index threads) {
+// Calls function(k) with the size of the kernel as a constant, decltype(k)::value.
+template <class Function>
+void with_size(Index size, Function function) {
   switch (size) {
-#define MMUBN_SIZE(K) \
-  case K:             \
-    channels_last ? convolve_pixels<K>(o, threads) : convolve_planes<K>(o, threads); \
-    break;
-    MMUBN_SIZE(1)
-    MMUBN_SIZE(3)
-    MMUBN_SIZE(5)
-    MMUBN_SIZE(7)
-#undef MMUBN_SIZE
+    case 1: return function(std::integral_constant<int, 1>());
+    case 3: return function(std::integral_constant<int, 3>());
+    case 5: return function(std::integral_constant<int, 5>());
+    case 7: return function(std::integral_constant<int, 7>());
   }
 }
 
 template <class T>
+void convolve(const Convolution<T>& o, Index size, bool channels_last, Index threads) {
+  with_size(size, [&](auto k) {
+    channels_last ? convolve_pixels<decltype(k)::value>(o, threads) : convolve_planes<decltype(k)::value>(o, threads);
+  });
+}
+
+template <class T>
 void tap_sums(const TapSums<T>& o, Index size, bool channels_last, Index threads) {
-  switch (size) {
-#define MMUBN_SIZE(K) \
-  case K:             \
-    channels_last ? tap_sums_of_pixels<K>(o, threads) : tap_sums_of_planes<K>(o, threads); \
-    break;
-    MMUBN_SIZE(1)
-    MMUBN_SIZE(3)
-    MMUBN_SIZE(5)
-    MMUBN_SIZE(7)
-#undef MMUBN_SIZE
-  }
+  with_size(size, [&](auto k) {
+    channels_last ? tap_sums_of_pixels<decltype(k)::value>(o, threads)
+                  : tap_sums_of_planes<decltype(k)::value>(o, threads);
+  });
 }
 
 }  // namespace
