@@ -56,8 +56,8 @@ def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
     hook.wait_time = args.wait_time
     if classifies:
         hook.interval = 1  # every image, as MMDetection's hook does
-    if args.show_dir:
-        hook['out_dir' if classifies else 'test_out_dir'] = args.show_dir
+    elif args.show_dir:
+        hook.test_out_dir = args.show_dir
 
 
 def place_drawings(runner: Runner, folder: str) -> None:

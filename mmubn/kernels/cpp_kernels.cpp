@@ -533,7 +533,7 @@ struct EdgeSums {
   V total{}, top[ROOM] = {}, bottom[ROOM] = {}, left[ROOM] = {}, right[ROOM] = {};  // by their distance from the edge
   V corners[4][ROOM][ROOM] = {};  // top left, top right, bottom left, bottom right; [row][column]
 
-  // A value of dy at (i, j), or its sum over a whole row.
+  // The sum of dy over a row, and each value in the K / 2 columns beside an edge.
   void add_row(const V& sum, Index i, Index h) {
     total += sum;
     if constexpr (R == 0) return;
@@ -548,8 +548,6 @@ struct EdgeSums {
     for (Index k = 0; k < 4; ++k)
       if (rows[k / 2] < R && columns[k % 2] < R) corners[k][rows[k / 2]][columns[k % 2]] += value;
   }
-  // Whether add_edge wants the value.
-  static bool is_edge(Index j, Index w) { return j < R || w - 1 - j < R; }
 
   void add(const EdgeSums& other) {
     total += other.total;
@@ -687,8 +685,8 @@ void tap_sums_of_pixels(const TapSums<T>& o, Index threads) {
           }
           for (Index t = 0; t < TAPS; ++t) sums.g[t] += g[t];
           sums.edges.add_row(total, i, o.h);
-          for (Index j = 0; j < o.w; ++j)
-            if (sums.edges.is_edge(j, o.w)) sums.edges.add_edge(load(row + j * L), i, j, o.h, o.w);
+          for (Index j = 0; j < std::min(R, o.w); ++j) sums.edges.add_edge(load(row + j * L), i, j, o.h, o.w);
+          for (Index j = std::max(R, o.w - R); j < o.w; ++j) sums.edges.add_edge(load(row + j * L), i, j, o.h, o.w);
         }
       }
     }

@@ -24,6 +24,7 @@ ARGUMENTS = {
     'coefficients': 'ppp db ppp ppp ii',
     'coefficients_backward': 'pppppp dd b p pi pi p ppp pp ppppp iiiii',
 }
+DTYPES = ('float32', 'float64', 'bfloat16')
 TYPES = {'p': ctypes.c_void_p, 'i': ctypes.c_int64, 'd': ctypes.c_double, 'b': ctypes.c_bool}
 
 __all__ = ['cache_folder', 'library', 'load']
@@ -73,7 +74,7 @@ def load(folder: Path) -> ctypes.CDLL:
             Path(temporary).unlink(missing_ok=True)
     library = ctypes.CDLL(str(path))
     for name, arguments in ARGUMENTS.items():
-        for dtype in ('float32', 'float64', 'bfloat16'):
+        for dtype in DTYPES:
             function = getattr(library, f'{name}_{dtype}', None)  # the small functions compute in float32 or float64
             if function is not None:
                 function.argtypes = [TYPES[letter] for letter in arguments.replace(' ', '')]

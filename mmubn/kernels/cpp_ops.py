@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 SIZES = (1, 3, 5, 7)
-DTYPES = {torch.float32: 'float32', torch.float64: 'float64', torch.bfloat16: 'bfloat16'}
+DTYPES = {getattr(torch, name): name for name in cpp_library.DTYPES}
 SERIAL = 2**14  # values up to which one thread is as fast
 
 
