@@ -72,7 +72,7 @@ KINDS = {None: 0, 'rectified': 1, 'instance': 2}
 # Programs to aim at: some for each of the about 130 multiprocessors that a large GPU has. A reduction pays for more
 # programs with more partial results to write and read; a map does not, and gains a shorter tail.
 REDUCTION_PROGRAMS = 2048
-MAP_PROGRAMS = 8192
+MAP_PROGRAMS = 4096
 # Partial sums of the similarity: as many as one program adds up in one go.
 SIMILARITY_PARTS = 1024
 
@@ -111,48 +111,121 @@ def _inside(position, size):
 
 
 @jit
-def _load_window(pointers, h, w, height, width, live, stride_h, stride_w, K: tl.constexpr, ROWS: tl.constexpr):
-    """ROWS rows of a map, K // 2 rows more on both sides, each row once per shift of the columns.
+def _lanes(first, live, start, end, height, column_groups, stride_h, stride_w, ROWS: tl.constexpr,
+           COLUMNS: tl.constexpr, BLOCK_Q: tl.constexpr):  # fmt: skip
+    """The tiles of ROWS x COLUMNS pixels from number ``start`` on, one for each lane, row by row of the map.
 
-    ``pointers`` (BLOCK_P, BLOCK_W) are those of row 0 and columns w (BLOCK_W,). Tile ``i * K + j`` holds the pixels
-    (h + i - K // 2, w + j - K // 2), so the taps of output row r are the tiles ``(r + i) * K + j``: a row is loaded K
-    times, not K * K times. All loads come before anything that waits for one.
-
-    Columns outside the map are 0. Rows outside are copies of the nearest row for :func:`_in_row` to clear: masks of
-    columns alone are K predicates, masks of both would be K * (ROWS + K - 1), more than there are registers for.
+    Returns the row and the column of their first pixels (BLOCK_Q,), the offset of that pixel in each plane and whether
+    there is such a tile (BLOCK_P, BLOCK_Q).
     """
-    tiles = ()
-    for i in tl.static_range(ROWS + K - 1):
-        row = tl.minimum(tl.maximum(h + (i - K // 2), 0), height - 1)
-        row_pointers = pointers + row * stride_h
-        for j in tl.static_range(K):
-            inside = live[:, None] & _inside(w + (j - K // 2), width)[None, :]
-            tiles += (tl.load(row_pointers + (j - K // 2) * stride_w, mask=inside, other=0.0),)
-    return tiles
+    tile = start + tl.arange(0, BLOCK_Q)
+    h = tile // column_groups * ROWS
+    w = tile % column_groups * COLUMNS
+    return h, w, first[:, None] + (h * stride_h + w * stride_w)[None, :], live[:, None] & (tile < end)[None, :]
 
 
 @jit
-def _in_row(value, row, height):
-    """``value`` where the row, a scalar, is in the map, else 0."""
-    return tl.where(_inside(row, height), value, 0.0)
+def _in_map(live, h, w, height, width, i: tl.constexpr, j: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+            TAIL: tl.constexpr):  # fmt: skip
+    """Whether the pixel i rows below and j columns right of each lane's first is in the map."""
+    # The columns of a tile are in the map, whose width COLUMNS divides, and so are its rows, but for a tail.
+    inside = live
+    if i < 0:
+        inside = inside & (h + i >= 0)[None, :]
+    if i >= ROWS or (TAIL and i > 0):
+        inside = inside & (h + i < height)[None, :]
+    if j < 0:
+        inside = inside & (w + j >= 0)[None, :]
+    if j >= COLUMNS:
+        inside = inside & (w + j < width)[None, :]
+    return inside
 
 
 @jit
-def _load_dy(pointers, h, w, height, width, live, stride_h, stride_w, K: tl.constexpr, ROWS: tl.constexpr):
-    """:func:`_load_window` in float32, 0 outside the map."""
-    window = _load_window(pointers, h, w, height, width, live, stride_h, stride_w, K, ROWS)
-    tiles = ()
-    for i in tl.static_range(ROWS + K - 1):
-        for j in tl.static_range(K):
-            tiles += (_in_row(window[i * K + j].to(tl.float32), h + (i - K // 2), height),)
-    return tiles
+def _unpack(value, COLUMNS: tl.constexpr):
+    """The columns (BLOCK_P, BLOCK_Q) of a (BLOCK_P, BLOCK_Q, COLUMNS) value; they stay in their registers."""
+    columns = (value,)
+    for level in tl.static_range(3):
+        if (COLUMNS >> level) > 1:
+            halves = ()
+            for i in tl.static_range(1 << level):
+                half = columns[i].reshape(value.shape[0], value.shape[1], 2, COLUMNS >> (level + 1))
+                halves += tl.split(half.permute(0, 1, 3, 2))
+            columns = halves
+    flat = ()
+    for i in tl.static_range(COLUMNS):
+        flat += (columns[i].reshape(value.shape[0], value.shape[1]),)
+    return flat
 
 
 @jit
-def _store_row(pointers, row, w, height, width, live, stride_h, value):
-    """Row ``row`` of a tile; ``pointers`` as for :func:`_load_window`."""
-    inside = live[:, None] & _inside(w, width)[None, :] & _inside(row, height)
-    tl.store(pointers + row * stride_h, value.to(pointers.dtype.element_ty), mask=inside)
+def _pack(columns, COLUMNS: tl.constexpr):
+    """What :func:`_unpack` undoes."""
+    for level in tl.static_range(3):
+        if (COLUMNS >> level) > 1:
+            pairs = ()
+            for i in tl.static_range(COLUMNS >> (level + 1)):
+                pair = tl.join(columns[2 * i], columns[2 * i + 1])
+                if level > 0:
+                    pair = pair.permute(0, 1, 3, 2).reshape(pair.shape[0], pair.shape[1], 2 << level)
+                pairs += (pair,)
+            columns = pairs
+    return columns[0].reshape(columns[0].shape[0], columns[0].shape[1], COLUMNS)
+
+
+@jit
+def _load_window(
+    pointers, live, h, w, height, width, stride_h, stride_w,
+    K: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Each lane's tile and K // 2 pixels around it, row by row: (ROWS + K - 1) * (COLUMNS + K - 1) values, 0 outside.
+
+    In NCHW a lane loads the columns of its tile at once. All loads come before anything that waits for one.
+    """
+    pad: tl.constexpr = K // 2
+    values = ()
+    for i in tl.static_range(-pad, ROWS + pad):
+        row = pointers + i * stride_h
+        for j in tl.static_range(-pad, 0):
+            inside = _in_map(live, h, w, height, width, i, j, ROWS, COLUMNS, TAIL)
+            values += (tl.load(row + j * stride_w, mask=inside, other=0.0),)
+        inside = _in_map(live, h, w, height, width, i, 0, ROWS, COLUMNS, TAIL)
+        if CHANNELS_LAST:
+            for j in tl.static_range(COLUMNS):
+                values += (tl.load(row + j * stride_w, mask=inside, other=0.0),)
+        else:
+            columns = row[:, :, None] + tl.arange(0, COLUMNS)[None, None, :]
+            values += _unpack(tl.load(columns, mask=inside[:, :, None], other=0.0), COLUMNS)
+        for j in tl.static_range(COLUMNS, COLUMNS + pad):
+            inside = _in_map(live, h, w, height, width, i, j, ROWS, COLUMNS, TAIL)
+            values += (tl.load(row + j * stride_w, mask=inside, other=0.0),)
+    return values
+
+
+@jit
+def _less_center(window, center, live, h, w, height, width, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                 TAIL: tl.constexpr):  # fmt: skip
+    """A window in float32, less the center in the map: the padding is a zero of the normalised input, not of x."""
+    pad: tl.constexpr = K // 2
+    values = ()
+    for i in tl.static_range(-pad, ROWS + pad):
+        for j in tl.static_range(-pad, COLUMNS + pad):
+            value = window[(i + pad) * (COLUMNS + K - 1) + j + pad].to(tl.float32)
+            inside = _in_map(live, h, w, height, width, i, j, ROWS, COLUMNS, TAIL)
+            values += (value - tl.where(inside, center, 0.0),)
+    return values
+
+
+@jit
+def _store_row(pointers, inside, columns, stride_w, CHANNELS_LAST: tl.constexpr, COLUMNS: tl.constexpr):
+    """One row of each lane's tile, given as its columns."""
+    if CHANNELS_LAST:
+        for j in tl.static_range(COLUMNS):
+            tl.store(pointers + j * stride_w, columns[j].to(pointers.dtype.element_ty), mask=inside)
+    else:
+        pointers = pointers[:, :, None] + tl.arange(0, COLUMNS)[None, None, :]
+        value = _pack(columns, COLUMNS).to(pointers.dtype.element_ty)
+        tl.store(pointers, value, mask=inside[:, :, None])
 
 
 @jit
@@ -174,12 +247,17 @@ def _is_finite(value):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@jit(do_not_specialize=['samples', 'rounds_per_part', 'parts'])
+@jit(do_not_specialize=['samples', 'pixel_groups', 'rounds_per_part', 'parts'])
 def _moments_kernel(
-    x, mean_out, moment_out, origin_out, samples, channels, pixels, rounds_per_part, parts,
-    CHANNELS_LAST: tl.constexpr, UNROLL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_X: tl.constexpr,
+    x, mean_out, moment_out, origin_out, samples, channels, pixel_groups, rounds_per_part, parts,
+    CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, WHOLE: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
-    """``origin_out`` None: a and v. Otherwise of each part the mean relative to its origin, the squares, the origin."""
+    """``origin_out`` None: a and v. Otherwise of each part the mean relative to its origin, the squares, the origin.
+
+    A plane has ``pixel_groups * VECTOR`` pixels, so that its alignment is known; WHOLE says that they are one tile.
+    """
+    pixels = pixel_groups * VECTOR
     part, index, live, first = _place(samples, channels, pixels, parts, CHANNELS_LAST, BLOCK_P)
     step = channels if CHANNELS_LAST else 1
     begin = part * rounds_per_part * (UNROLL * BLOCK_X)
@@ -188,28 +266,46 @@ def _moments_kernel(
 
     # All values are taken relative to the mean of the first tile, so that a large mean rounds nothing off.
     pixel = begin + slot
-    head = tl.load(x + first[:, None] + (pixel * step)[None, :], mask=live[:, None] & (pixel < end)[None, :], other=0.0)
-    origin = tl.sum(head.to(tl.float32), axis=1) / tl.minimum(end - begin, BLOCK_X)
+    inside = live[:, None] & (pixel < end)[None, :]
+    head = tl.load(x + first[:, None] + (pixel * step)[None, :], mask=inside, other=0.0).to(tl.float32)
+    origin = tl.sum(head, axis=1) / tl.minimum(end - begin, BLOCK_X)
+    if WHOLE:
+        deviation = tl.where((pixel < end)[None, :], head - origin[:, None], 0.0)
+        tl.store(mean_out + index, origin, mask=live)
+        tl.store(moment_out + index, tl.sum(deviation * deviation, axis=1) / pixels, mask=live)
+        return
 
     # Each slot of the tile follows the mean and the summed squared deviations of its own pixels (Welford), since the
-    # first tile may be unlike the others. Slot i holds the pixels i, i + BLOCK_X, ... of the part: they run out only at
-    # the end, so the count so far is the same for all slots that still count.
+    # first tile may be unlike the others: UNROLL pixels at a time, then, where pixels run out, one at a time. Slot i
+    # holds the pixels i, i + BLOCK_X, ... of the part, so the count so far is the same for all slots that still count.
     mean = tl.zeros([BLOCK_P, BLOCK_X], tl.float32)
     moment = tl.zeros([BLOCK_P, BLOCK_X], tl.float32)
     count = 0.0
-    for start in range(begin, end, UNROLL * BLOCK_X):
+    full = begin + (end - begin) // (UNROLL * BLOCK_X) * (UNROLL * BLOCK_X)
+    for start in range(begin, full, UNROLL * BLOCK_X):
         tiles = ()
         for u in tl.static_range(UNROLL):
             pixel = start + u * BLOCK_X + slot
-            inside = live[:, None] & (pixel < end)[None, :]
-            tiles += (tl.load(x + first[:, None] + (pixel * step)[None, :], mask=inside, other=0.0),)
+            tiles += (tl.load(x + first[:, None] + (pixel * step)[None, :], mask=live[:, None], other=0.0),)
+        total = tl.zeros([BLOCK_P, BLOCK_X], tl.float32)
+        squares = tl.zeros([BLOCK_P, BLOCK_X], tl.float32)
         for u in tl.static_range(UNROLL):
-            count += 1.0
-            share = 1.0 / count
-            inside = (start + u * BLOCK_X + slot < end)[None, :]
-            delta = tl.where(inside, tiles[u].to(tl.float32) - origin[:, None] - mean, 0.0)
-            mean += share * delta
-            moment += ((1.0 - share) * delta) * delta
+            delta = tiles[u].to(tl.float32) - origin[:, None] - mean
+            total += delta
+            squares += delta * delta
+        count += UNROLL
+        shift = total * (1.0 / count)
+        mean += shift
+        moment += squares - total * shift
+    for start in range(full, end, BLOCK_X):
+        pixel = start + slot
+        inside = live[:, None] & (pixel < end)[None, :]
+        tile = tl.load(x + first[:, None] + (pixel * step)[None, :], mask=inside, other=0.0)
+        count += 1.0
+        delta = tl.where((pixel < end)[None, :], tile.to(tl.float32) - origin[:, None] - mean, 0.0)
+        shift = delta * (1.0 / count)
+        mean += shift
+        moment += (delta - shift) * delta
 
     # The slots together (Chan).
     counts = tl.maximum(tl.cdiv(end - begin - slot, BLOCK_X), 0).to(tl.float32)[None, :]
@@ -419,40 +515,40 @@ def _coefficients_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@jit(do_not_specialize=['samples', 'height', 'tiles_per_part', 'parts'])
+@jit(do_not_specialize=['samples', 'height', 'column_groups', 'tiles_per_part', 'parts'])
 def _apply_kernel(
     x, center, scale, weight, bias, y,
-    samples, channels, height, width, tiles_per_part, parts,
+    samples, channels, height, column_groups, tiles_per_part, parts,
     K: tl.constexpr, CHANNELS_LAST: tl.constexpr, SAMPLE_BIAS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    part, index, live, first = _place(samples, channels, height * width, parts, CHANNELS_LAST, BLOCK_P)
+    width = column_groups * COLUMNS
+    part, index, plane_live, first = _place(samples, channels, height * width, parts, CHANNELS_LAST, BLOCK_P)
     stride_w = channels if CHANNELS_LAST else 1
     stride_h = width * stride_w
     channel = index % channels
-    c = tl.load(center + index, mask=live, other=0.0)[:, None]
-    taps = _load_taps(weight, channel, live, tl.load(scale + index, mask=live, other=0.0), K)
-    beta = tl.load(bias + (index if SAMPLE_BIAS else channel), mask=live, other=0.0)[:, None]
+    c = tl.load(center + index, mask=plane_live, other=0.0)[:, None]
+    taps = _load_taps(weight, channel, plane_live, tl.load(scale + index, mask=plane_live, other=0.0), K)
+    beta = tl.load(bias + (index if SAMPLE_BIAS else channel), mask=plane_live, other=0.0)[:, None]
 
-    columns = tl.cdiv(width, BLOCK_W)
-    tiles = tl.cdiv(height, ROWS) * columns
-    for tile in range(part * tiles_per_part, tl.minimum((part + 1) * tiles_per_part, tiles)):
-        h = tile // columns * ROWS
-        w = tile % columns * BLOCK_W + tl.arange(0, BLOCK_W)
-        offset = first[:, None] + (w * stride_w)[None, :]
-        window = _load_window(x + offset, h, w, height, width, live, stride_h, stride_w, K, ROWS)
-        # The padding is a zero of the normalised input, not of x: where x was loaded as 0, no center is subtracted.
-        centred = ()
-        for i in tl.static_range(ROWS + K - 1):
-            for j in tl.static_range(K):
-                center_w = tl.where(_inside(w + (j - K // 2), width)[None, :], c, 0.0)
-                difference = window[i * K + j].to(tl.float32) - center_w
-                centred += (_in_row(difference, h + (i - K // 2), height),)
+    end = tl.minimum((part + 1) * tiles_per_part, tl.cdiv(height, ROWS) * column_groups)
+    for start in range(part * tiles_per_part, end, BLOCK_Q):
+        h, w, pixel, live = _lanes(
+            first, plane_live, start, end, height, column_groups, stride_h, stride_w, ROWS, COLUMNS, BLOCK_Q
+        )
+        window = _load_window(
+            x + pixel, live, h, w, height, width, stride_h, stride_w, K, CHANNELS_LAST, ROWS, COLUMNS, TAIL
+        )
+        centred = _less_center(window, c, live, h, w, height, width, K, ROWS, COLUMNS, TAIL)
         for r in tl.static_range(ROWS):
-            value = tl.zeros([BLOCK_P, BLOCK_W], tl.float32) + beta
-            for t in tl.static_range(K * K):
-                value += taps[t] * centred[(r + t // K) * K + t % K]
-            _store_row(y + offset, h + r, w, height, width, live, stride_h, value)
+            values = ()
+            for j in tl.static_range(COLUMNS):
+                value = tl.zeros([BLOCK_P, BLOCK_Q], tl.float32) + beta
+                for t in tl.static_range(K * K):
+                    value += taps[t] * centred[(r + t // K) * (COLUMNS + K - 1) + j + t % K]
+                values += (value,)
+            inside = _in_map(live, h, w, height, width, r, 0, ROWS, COLUMNS, TAIL)
+            _store_row(y + pixel + r * stride_h, inside, values, stride_w, CHANNELS_LAST, COLUMNS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -460,57 +556,86 @@ def _apply_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@jit(do_not_specialize=['samples', 'height', 'tiles_per_part', 'parts'])
+@jit
+def _sum_with_neighbor(window, shift_h: tl.constexpr, shift_w: tl.constexpr, h, w, height, width, K: tl.constexpr,
+                       ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr):  # fmt: skip
+    """Of the pixels of a tile the sum of those whose neighbor, shifted so, is in the map; a window is 0 outside it."""
+    pad: tl.constexpr = K // 2
+    total = tl.zeros(window[0].shape, tl.float32)
+    # The inner pixels come first: up to the border, sums for different shifts are the same, and computed once.
+    for column in tl.static_range(pad, COLUMNS + pad):
+        column_total = tl.zeros(window[0].shape, tl.float32)
+        for row in tl.static_range(pad, ROWS + pad):
+            value = window[(row % ROWS + pad) * (COLUMNS + K - 1) + column % COLUMNS + pad]
+            if row % ROWS + shift_h < 0:
+                value = tl.where((h + (row % ROWS + shift_h) >= 0)[None, :], value, 0.0)
+            if row % ROWS + shift_h >= ROWS or (TAIL and shift_h > 0):
+                value = tl.where((h + (row % ROWS + shift_h) < height)[None, :], value, 0.0)
+            column_total += value
+        if column % COLUMNS + shift_w < 0:
+            column_total = tl.where((w + (column % COLUMNS + shift_w) >= 0)[None, :], column_total, 0.0)
+        if column % COLUMNS + shift_w >= COLUMNS:
+            column_total = tl.where((w + (column % COLUMNS + shift_w) < width)[None, :], column_total, 0.0)
+        total += column_total
+    return total
+
+
+@jit(do_not_specialize=['samples', 'height', 'column_groups', 'tiles_per_part', 'parts'])
 def _tap_sums_kernel(
     x, dy, center, g_out, s_out,
-    samples, channels, height, width, tiles_per_part, parts,
-    K: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
+    samples, channels, height, column_groups, tiles_per_part, parts,
+    K: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """With q = p + t, ``G_t = sum_q (x(q) - center) dy(q - t)``: x is loaded once, and outside the map dy is just 0."""
-    part, index, live, first = _place(samples, channels, height * width, parts, CHANNELS_LAST, BLOCK_P)
+    width = column_groups * COLUMNS
+    part, index, plane_live, first = _place(samples, channels, height * width, parts, CHANNELS_LAST, BLOCK_P)
     stride_w = channels if CHANNELS_LAST else 1
     stride_h = width * stride_w
-    c = tl.load(center + index, mask=live, other=0.0)[:, None]
+    c = tl.load(center + index, mask=plane_live, other=0.0)[:, None]
     g = ()
     s = ()
     for _ in tl.static_range(K * K):
-        g += (tl.zeros([BLOCK_P, BLOCK_W], tl.float32),)
-        s += (tl.zeros([BLOCK_P, BLOCK_W], tl.float32),)
+        g += (tl.zeros([BLOCK_P, BLOCK_Q], tl.float32),)
+        s += (tl.zeros([BLOCK_P, BLOCK_Q], tl.float32),)
 
-    columns = tl.cdiv(width, BLOCK_W)
-    tiles = tl.cdiv(height, ROWS) * columns
-    for tile in range(part * tiles_per_part, tl.minimum((part + 1) * tiles_per_part, tiles)):
-        h = tile // columns * ROWS
-        w = tile % columns * BLOCK_W + tl.arange(0, BLOCK_W)
-        offset = first[:, None] + (w * stride_w)[None, :]
-        rows = _load_window(x + offset, h, w, height, width, live, stride_h, stride_w, 1, ROWS)
-        window = _load_dy(dy + offset, h, w, height, width, live, stride_h, stride_w, K, ROWS)
-        center_w = tl.where(_inside(w, width)[None, :], c, 0.0)
-        centred = ()
-        for r in tl.static_range(ROWS):
-            centred += (_in_row(rows[r].to(tl.float32) - center_w, h + r, height),)
+    end = tl.minimum((part + 1) * tiles_per_part, tl.cdiv(height, ROWS) * column_groups)
+    for start in range(part * tiles_per_part, end, BLOCK_Q):
+        h, w, pixel, live = _lanes(
+            first, plane_live, start, end, height, column_groups, stride_h, stride_w, ROWS, COLUMNS, BLOCK_Q
+        )
+        tile = _load_window(
+            x + pixel, live, h, w, height, width, stride_h, stride_w, 1, CHANNELS_LAST, ROWS, COLUMNS, TAIL
+        )
+        raw = _load_window(
+            dy + pixel, live, h, w, height, width, stride_h, stride_w, K, CHANNELS_LAST, ROWS, COLUMNS, TAIL
+        )
+        centred = _less_center(tile, c, live, h, w, height, width, 1, ROWS, COLUMNS, TAIL)
+        window = ()
+        for i in tl.static_range((ROWS + K - 1) * (COLUMNS + K - 1)):
+            window += (raw[i].to(tl.float32),)
 
         new_g = ()
         new_s = ()
         for i in tl.static_range(K):
-            # dy of this tile's pixels whose neighbour i - K // 2 rows on is in the map, summed over the rows
-            neighbour = tl.zeros([BLOCK_P, BLOCK_W], tl.float32)
-            for r in tl.static_range(ROWS):
-                neighbour += _in_row(window[(r + K // 2) * K + K // 2], h + (r + i - K // 2), height)
             for j in tl.static_range(K):
-                inside = _inside(w + (j - K // 2), width)[None, :]
-                new_s += (s[i * K + j] + tl.where(inside, neighbour, 0.0),)
                 total = g[i * K + j]
                 for r in tl.static_range(ROWS):
-                    total += centred[r] * window[(r + K - 1 - i) * K + (K - 1 - j)]
+                    for column in tl.static_range(COLUMNS):
+                        neighbor = window[(r + K - 1 - i) * (COLUMNS + K - 1) + column + K - 1 - j]
+                        total += centred[r * COLUMNS + column] * neighbor
                 new_g += (total,)
+                new_s += (
+                    s[i * K + j]
+                    + _sum_with_neighbor(window, i - K // 2, j - K // 2, h, w, height, width, K, ROWS, COLUMNS, TAIL),
+                )
         g = new_g
         s = new_s
 
     index = (part.to(tl.int64) * (samples * channels) + index) * (K * K)
     for t in tl.static_range(K * K):
-        tl.store(g_out + index + t, tl.sum(g[t], axis=1), mask=live)
-        tl.store(s_out + index + t, tl.sum(s[t], axis=1), mask=live)
+        tl.store(g_out + index + t, tl.sum(g[t], axis=1), mask=plane_live)
+        tl.store(s_out + index + t, tl.sum(s[t], axis=1), mask=plane_live)
 
 
 @jit(do_not_specialize=['size', 'parts'])
@@ -638,34 +763,44 @@ def _coefficients_backward_kernel(
         tl.store(d_scale_bias + channel, sum_w_b, mask=live)
 
 
-@jit(do_not_specialize=['samples', 'height', 'tiles_per_part', 'parts'])
+@jit(do_not_specialize=['samples', 'height', 'column_groups', 'tiles_per_part', 'parts'])
 def _input_gradient_kernel(
     dy, x, a, scale, weight, slope, offset, dx,
-    samples, channels, height, width, tiles_per_part, parts,
-    K: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
+    samples, channels, height, column_groups, tiles_per_part, parts,
+    K: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    part, index, live, first = _place(samples, channels, height * width, parts, CHANNELS_LAST, BLOCK_P)
+    width = column_groups * COLUMNS
+    part, index, plane_live, first = _place(samples, channels, height * width, parts, CHANNELS_LAST, BLOCK_P)
     stride_w = channels if CHANNELS_LAST else 1
     stride_h = width * stride_w
-    mean = tl.load(a + index, mask=live, other=0.0)[:, None]
-    slope_n = tl.load(slope + index, mask=live, other=0.0)[:, None]
-    offset_n = tl.load(offset + index, mask=live, other=0.0)[:, None]
-    taps = _load_taps(weight, index % channels, live, tl.load(scale + index, mask=live, other=0.0), K)
+    mean = tl.load(a + index, mask=plane_live, other=0.0)[:, None]
+    slope_n = tl.load(slope + index, mask=plane_live, other=0.0)[:, None]
+    offset_n = tl.load(offset + index, mask=plane_live, other=0.0)[:, None]
+    taps = _load_taps(weight, index % channels, plane_live, tl.load(scale + index, mask=plane_live, other=0.0), K)
 
-    columns = tl.cdiv(width, BLOCK_W)
-    tiles = tl.cdiv(height, ROWS) * columns
-    for tile in range(part * tiles_per_part, tl.minimum((part + 1) * tiles_per_part, tiles)):
-        h = tile // columns * ROWS
-        w = tile % columns * BLOCK_W + tl.arange(0, BLOCK_W)
-        pixel = first[:, None] + (w * stride_w)[None, :]
-        rows = _load_window(x + pixel, h, w, height, width, live, stride_h, stride_w, 1, ROWS)
-        window = _load_dy(dy + pixel, h, w, height, width, live, stride_h, stride_w, K, ROWS)
+    end = tl.minimum((part + 1) * tiles_per_part, tl.cdiv(height, ROWS) * column_groups)
+    for start in range(part * tiles_per_part, end, BLOCK_Q):
+        h, w, pixel, live = _lanes(
+            first, plane_live, start, end, height, column_groups, stride_h, stride_w, ROWS, COLUMNS, BLOCK_Q
+        )
+        tile = _load_window(
+            x + pixel, live, h, w, height, width, stride_h, stride_w, 1, CHANNELS_LAST, ROWS, COLUMNS, TAIL
+        )
+        window = _load_window(
+            dy + pixel, live, h, w, height, width, stride_h, stride_w, K, CHANNELS_LAST, ROWS, COLUMNS, TAIL
+        )
         for r in tl.static_range(ROWS):
-            value = slope_n * (rows[r].to(tl.float32) - mean) + offset_n
-            for t in tl.static_range(K * K):
-                # p - t is the mirrored tap
-                value += taps[K * K - 1 - t] * window[(r + t // K) * K + t % K]
-            _store_row(dx + pixel, h + r, w, height, width, live, stride_h, value)
+            values = ()
+            for j in tl.static_range(COLUMNS):
+                value = slope_n * (tile[r * COLUMNS + j].to(tl.float32) - mean) + offset_n
+                for t in tl.static_range(K * K):
+                    # p - t is the mirrored tap
+                    neighbor = window[(r + t // K) * (COLUMNS + K - 1) + j + t % K]
+                    value += taps[K * K - 1 - t] * neighbor.to(tl.float32)
+                values += (value,)
+            inside = _in_map(live, h, w, height, width, r, 0, ROWS, COLUMNS, TAIL)
+            _store_row(dx + pixel + r * stride_h, inside, values, stride_w, CHANNELS_LAST, COLUMNS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -807,48 +942,57 @@ def _launch(kernel, programs: int, device: torch.device, *arguments, num_warps: 
 
 
 class _Tiling:
-    """How programs share the planes and the pixels of a map in a kernel that needs a pixel's k x k neighbourhood.
+    """How programs and lanes share the planes and the pixels of a map in a kernel that needs a pixel's neighbourhood.
 
-    A thread's share of a row of a tile is what it may load at once. In NCHW that is one pixel: the columns beside it
-    start at any address. In channels-last it is two channels, or one for a large kernel: taps and window are registers.
-    With k = 1 there is no neighbourhood, the map is one long row, and a thread loads 16 bytes.
+    A lane owns a tile of ROWS x COLUMNS pixels at a time: the larger the tile, the fewer values around it are loaded
+    for other lanes too; all of it is in registers. In NCHW, COLUMNS is what one load of up to 16 bytes takes. In
+    channels-last a lane has two channels, or one for a large kernel. COLUMNS divides the width.
+    With k = 1 there is no neighbourhood: the map is one long row.
     """
 
     def __init__(self, shape: torch.Size, channels_last: bool, bytes_each: int, k: int, programs: int) -> None:
         samples, channels, height, width = shape
         if k == 1:
             height, width = 1, height * width
-        self.channels_last = channels_last
-        planes = channels if self.channels_last else samples * channels
-        if self.channels_last:
+        planes = channels if channels_last else samples * channels
+        if channels_last:
+            # of those that need about as many loads for a value the one of the tallest tile
+            columns = next(c for c in ((4, 5, 6, 7, 3, 2, 1) if k <= 3 else (2, 1)) if width % c == 0)
             vector = {1: 16 // bytes_each, 3: 2, 5: 2, 7: 1}[k]
-            self.block_p = min(_power(channels), (128 if k <= 3 else 64) // bytes_each)
-            # The widest of those that cover a row with the fewest columns to spare.
-            choices = {min(choice, _power(width)) for choice in ((64,) if k == 1 else (16, 8))}
-            self.block_w = min(choices, key=lambda block: (_ceil(width, block) * block, -block))
         else:
-            # With neighbours, a row of a plane is one warp's, so that it adds up its sums by itself.
-            vector = 16 // bytes_each if k == 1 else 1
-            self.block_w = min(_power(width), 1024 if k == 1 else 32)
-            self.block_p = min(_power(planes), max(1, 128 * vector // self.block_w))
-        self.num_warps = min(16, _power(max(1, self.block_p * self.block_w // (32 * vector))))
-        # Rows of a tile: 8 or a little fewer, so that small maps divide into them; a large kernel needs a large window.
-        rows = 8 if k <= 3 else 4
-        self.rows = _ceil(height, _ceil(height, rows)) if height <= 8 * rows else rows
+            columns = math.gcd(width, 16 // bytes_each if k <= 3 else 4 if k == 5 else 2)
+            vector = 1
+        rows = min(8 if k <= 3 else 4, 32 // columns if channels_last else 8)
+        # A tail costs more than a tile a little lower.
+        rows = next((r for r in range(rows, rows // 2, -1) if height % r == 0), min(rows, height))
 
-        tiles = _ceil(height, self.rows) * _ceil(width, self.block_w)
-        groups = _ceil(planes, self.block_p) * (samples if self.channels_last else 1)
-        self.tiles_per_part = _ceil(tiles, min(tiles, _ceil(programs, groups)))
-        self.parts = _ceil(tiles, self.tiles_per_part)
+        column_groups = width // columns
+        tiles = _ceil(height, rows) * column_groups
+        if channels_last:
+            block_p = min(_power(channels), (128 if k <= 3 else 64) // bytes_each)
+            block_q = min(_power(tiles), 128 * vector // block_p)
+        else:
+            # Few lanes for a plane leave few idle and little to add up, but neighbours should fill a sector of memory.
+            choices = [lanes for lanes in (8, 16, 32) if lanes * columns * bytes_each >= 32]
+            block_q = min(_power(tiles), min(choices, key=lambda lanes: (_ceil(tiles, lanes) * lanes, lanes)))
+            block_p = min(_power(planes), 128 // block_q)
+        num_warps = max(1, block_p * block_q // (32 * vector))
+
+        groups = _ceil(planes, block_p) * (samples if channels_last else 1)
+        rounds = _ceil(tiles, block_q)
+        rounds_per_part = _ceil(rounds, min(rounds, _ceil(programs, groups)))
+        self.parts = _ceil(rounds, rounds_per_part)
         self.programs = groups * self.parts
-        self.arguments = (samples, channels, height, width, self.tiles_per_part, self.parts)
+        self.arguments = (samples, channels, height, column_groups, rounds_per_part * block_q, self.parts)
         self.constants = dict(
             K=k,
-            CHANNELS_LAST=self.channels_last,
-            ROWS=self.rows,
-            BLOCK_P=self.block_p,
-            BLOCK_W=self.block_w,
-            num_warps=self.num_warps,
+            CHANNELS_LAST=channels_last,
+            ROWS=rows,
+            COLUMNS=columns,
+            TAIL=height % rows > 0,
+            BLOCK_P=block_p,
+            BLOCK_Q=block_q,
+            num_warps=num_warps,
         )
 
 
@@ -882,25 +1026,29 @@ def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     pixels = height * width
     channels_last = _is_channels_last(x)
     planes = channels if channels_last else samples * channels
+    # 32 values for each lane of a program: all of a small plane, or so many tiles of a large one
     if channels_last:
         block_p = min(_power(channels), 128 // x.element_size())
-        block_x = min(_power(pixels), 1024 // block_p)
+        block_x = min(_power(pixels), 4096 // block_p)
     else:
-        block_x = min(_power(pixels), 1024)
-        block_p = min(_power(planes), 1024 // block_x)
-    unroll = min(4, _power(_ceil(pixels, block_x)))
+        block_x = min(_power(pixels), 4096)
+        block_p = min(_power(planes), 4096 // block_x)
+    whole = pixels <= block_x
+    unroll = 1 if whole else 4
+    block_x //= unroll
     groups = _ceil(planes, block_p) * (samples if channels_last else 1)
     rounds = _ceil(pixels, unroll * block_x)
     rounds_per_part = _ceil(rounds, min(rounds, _ceil(REDUCTION_PROGRAMS, groups)))
     parts = _ceil(rounds, rounds_per_part)
+    vector = 1 if channels_last else math.gcd(pixels, 16 // x.element_size())
 
     a = x.new_empty((samples, channels), dtype=torch.float32)
     v = torch.empty_like(a)
     outputs = (a, v, None) if parts == 1 else a.new_empty((3, parts, samples, channels)).unbind()
     _launch(
         _moments_kernel, groups * parts, x.device,
-        x, *outputs, samples, channels, pixels, rounds_per_part, parts,
-        CHANNELS_LAST=channels_last, UNROLL=unroll, BLOCK_P=block_p, BLOCK_X=block_x,
+        x, *outputs, samples, channels, pixels // vector, rounds_per_part, parts,
+        CHANNELS_LAST=channels_last, VECTOR=vector, WHOLE=whole, UNROLL=unroll, BLOCK_P=block_p, BLOCK_X=block_x,
     )  # fmt: skip
     if parts > 1:
         size = samples * channels

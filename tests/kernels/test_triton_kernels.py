@@ -48,6 +48,24 @@ def test_numbers(report, name):
     assert report[name] is None, report[name]
 
 
+def test_cases_of_the_numbers_reach_every_tile():
+    """Among the layers computed above is one for every number of columns that a lane may have, and tails."""
+    tiles = set()
+    for (shape, layout, dtype, k, *_), _, _ in _load_worker().layer_cases():
+        constants = kernels._Tiling(torch.Size(shape), layout == 'channels_last', dtype.itemsize, k, 1).constants
+        tiles.add((layout, k, constants['COLUMNS']))
+        tiles.add((layout, k, 'a tail' if constants['TAIL'] else 'none'))
+    expected = {
+        'nchw': {1: (1, 2, 8), 3: (1, 2, 4, 8), 5: (1, 4), 7: (1, 2)},
+        'channels_last': {1: (1, 3, 4, 5, 6), 3: (1, 3, 4, 5, 6, 7), 5: (1, 2), 7: (1, 2)},
+    }
+    for layout, columns_of in expected.items():
+        for k, columns in columns_of.items():
+            assert {(layout, k, count) for count in columns} <= tiles, (layout, k)
+            assert (layout, k, 'none') in tiles
+            assert k == 1 or (layout, k, 'a tail') in tiles, (layout, k)
+
+
 # Compilation: what the functions launch for meta tensors, so that any size costs nothing.
 
 

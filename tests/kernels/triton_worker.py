@@ -212,14 +212,14 @@ def compare_layer(case, threshold, max_samples=16):
 
 
 def layer_cases():
-    """Every kernel size with both layouts and shapes around its blocks; dtypes and forms of the layer in turn."""
+    """Every kernel size with both layouts and shapes around its tiles; dtypes and forms of the layer in turn."""
     tiny = [(2, 3, 5, 7), (3, 5, 1, 1), (1, 2, 1, 9)]
     larger = [(4, 17, 8, 8), (1, 37, 9, 6), (1, 2, 11, 17), (1, 1, 3, 65)]
     shapes = {
         1: [*tiny, *larger],
-        3: [*tiny, *larger, (70, 3, 1, 2)],
-        5: [*tiny, (1, 2, 5, 17)],
-        7: [(3, 5, 1, 1), (1, 2, 1, 9), (1, 2, 5, 7)],
+        3: [*tiny, *larger, (70, 3, 1, 2), (1, 2, 19, 16), (1, 3, 16, 8), (2, 2, 7, 14), (1, 3, 13, 10)],
+        5: [*tiny, (1, 2, 5, 17), (1, 2, 7, 8)],
+        7: [(3, 5, 1, 1), (1, 2, 1, 9), (1, 2, 5, 7), (1, 2, 3, 6)],
     }
     dtypes = itertools.cycle([torch.float32, torch.float16, torch.bfloat16, torch.float32, torch.bfloat16])
     forms = itertools.cycle(
