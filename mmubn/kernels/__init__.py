@@ -20,11 +20,21 @@ from torch import Tensor, nn
 
 from mmubn import functional as F
 from mmubn.kernels import cpp_ops, torch_ops, triton_kernels, triton_ops
-from mmubn.kernels.autograd import Form, Parameters, Statistics, rectified_norm, reference, statistics
+from mmubn.kernels.autograd import (
+    Form,
+    Gate,
+    Parameters,
+    Statistics,
+    gated_statistics,
+    rectified_norm,
+    reference,
+    statistics,
+)
 
 __all__ = [
     'Backend',
     'Form',
+    'Gate',
     'Parameters',
     'Statistics',
     'backend_info',
@@ -41,24 +51,13 @@ class Backend(NamedTuple):
     instance_means: Callable[[Tensor], Tensor]
     instance_moments: Callable[[Tensor], tuple[Tensor, Tensor]]
     similarity_sums: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, int]]
-    similarity_gate: Callable[..., tuple[Tensor, Tensor]]
-    statistics: Callable[..., tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]
+    statistics: Callable[..., tuple]  # see autograd.statistics
+    gated_statistics: Callable[..., tuple]  # see autograd.gated_statistics
     rectified_norm: Callable[[Tensor, Statistics, Form, Parameters], Tensor]
 
 
 def _reference_sums(x: Tensor, a: Tensor, v: Tensor, max_samples: int) -> tuple[Tensor, int]:
     return F.similarity_sums(x, max_samples)
-
-
-def _gate_by(similarity_sums: Callable[..., tuple[Tensor, int]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    def similarity_gate(
-        x: Tensor, a: Tensor, v: Tensor, max_samples: int, tau: Tensor, momentum: float, threshold: float
-    ) -> tuple[Tensor, Tensor]:
-        total, pairs = similarity_sums(x, a, v, max_samples)
-        tau = F.update_running_similarity(tau, total / pairs, momentum)
-        return tau, F.is_condensed(tau, threshold)
-
-    return similarity_gate
 
 
 BACKENDS = {
@@ -67,8 +66,8 @@ BACKENDS = {
         F.instance_means,
         F.instance_moments,
         _reference_sums,
-        _gate_by(_reference_sums),
         statistics,
+        functools.partial(gated_statistics, _reference_sums, statistics),
         reference,
     ),
     'torch': Backend(
@@ -76,8 +75,8 @@ BACKENDS = {
         F.instance_means,
         torch_ops.instance_moments,
         torch_ops.similarity_sums,
-        _gate_by(torch_ops.similarity_sums),
         statistics,
+        functools.partial(gated_statistics, torch_ops.similarity_sums, statistics),
         functools.partial(rectified_norm, torch_ops),
     ),
     'triton': Backend(
@@ -85,8 +84,8 @@ BACKENDS = {
         triton_ops.instance_means,
         triton_ops.instance_moments,
         triton_ops.similarity_sums,
-        triton_ops.similarity_gate,
         triton_ops.statistics,
+        triton_ops.gated_statistics,
         functools.partial(rectified_norm, triton_ops),
     ),
     'cpp': Backend(
@@ -94,8 +93,8 @@ BACKENDS = {
         cpp_ops.instance_means,
         cpp_ops.instance_moments,
         cpp_ops.similarity_sums,
-        _gate_by(cpp_ops.similarity_sums),
         cpp_ops.statistics,
+        functools.partial(gated_statistics, cpp_ops.similarity_sums, cpp_ops.statistics),
         functools.partial(rectified_norm, cpp_ops),
     ),
 }

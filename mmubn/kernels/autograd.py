@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -13,11 +14,13 @@ from mmubn import functional as F
 
 __all__ = [
     'Form',
+    'Gate',
     'Parameters',
     'RectifiedNorm',
     'Statistics',
     'coefficients',
     'coefficients_backward',
+    'gated_statistics',
     'gradients',
     'rectified_norm',
     'reference',
@@ -33,6 +36,15 @@ class Form(NamedTuple):
     calibrate_bias: bool  # r multiplies the bias too
 
 
+class Gate(NamedTuple):
+    """A decision by the batch's similarity: ``tau <- (1 - m_s) tau + m_s s``, ``condensed = tau > T``."""
+
+    running_similarity: Tensor  # tau, 0-d
+    momentum: float  # m_s
+    threshold: float  # T
+    max_samples: int  # the similarity is taken over so many samples of the batch
+
+
 class Statistics(NamedTuple):
     """What normalises a batch; values alone, without a graph."""
 
@@ -43,6 +55,7 @@ class Statistics(NamedTuple):
     condensed: Tensor | None = None  # in training, whether mean and var are the batch's and depend on x; 0-d bool
     count: int | Tensor = 0  # values per channel of the batch that they are of
     synchronized: bool = False  # whether that batch is of all processes
+    coefficients: tuple[Tensor, Tensor] | None = None  # center and scale, each (N, C), where they came with these
 
 
 class Parameters(NamedTuple):
@@ -101,7 +114,7 @@ class RectifiedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ops: ModuleType, form: Form, batch: tuple, x: Tensor, *tensors: Tensor | None) -> Tensor:
         y, saved = _forward(ops, x, Statistics(*tensors[:5], *batch), form, Parameters(*tensors[5:]))
-        ctx.ops, ctx.form, ctx.batch = ops, form, batch
+        ctx.ops, ctx.form, ctx.batch = ops, form, batch[:2]
         ctx.save_for_backward(x, *tensors, *saved)
         return y
 
@@ -145,14 +158,41 @@ def _backward(
 def statistics(
     a: Tensor,
     v: Tensor,
-    center_weight: Tensor | None,
+    form: Form,
+    p: Parameters,
     running: tuple[Tensor, Tensor],
     condensed: Tensor,
     momentum: float | Tensor,
     count: int,
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """:func:`mmubn.functional.select_statistics` of the moments of a batch."""
-    return F.select_statistics(F.batch_statistics(a, v, center_weight), running, condensed, momentum, count)
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+    """:func:`mmubn.functional.select_statistics` of the moments of a batch.
+
+    Returns:
+        ``(selected, moved, coefficients)``: mean and variance that normalise, the new running ones, and what
+        ``Statistics.coefficients`` says, if a backend has it from the same launch.
+    """
+    batch = F.batch_statistics(a, v, p.center_weight)
+    return *F.select_statistics(batch, running, condensed, momentum, count), None
+
+
+def gated_statistics(
+    similarity_sums: Callable[..., tuple[Tensor, int]],
+    statistics: Callable[..., tuple],
+    x: Tensor,
+    a: Tensor,
+    v: Tensor,
+    gate: Gate,
+    form: Form,
+    p: Parameters,
+    running: tuple[Tensor, Tensor],
+    momentum: float,
+    count: int,
+) -> tuple:
+    """``statistics`` of a batch whose similarity decides; what it returns, the running similarity and the decision."""
+    total, pairs = similarity_sums(x, a, v, gate.max_samples)
+    tau = F.update_running_similarity(gate.running_similarity, total / pairs, gate.momentum)
+    condensed = F.is_condensed(tau, gate.threshold)
+    return *statistics(a, v, form, p, running, condensed, momentum, count), tau, condensed
 
 
 def coefficients(statistics: Statistics, form: Form, p: Parameters, size: int) -> tuple[Tensor, Tensor, Tensor | None]:

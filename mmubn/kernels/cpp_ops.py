@@ -109,21 +109,22 @@ def similarity_sums(x: Tensor, a: Tensor, v: Tensor, max_samples: int) -> tuple[
 def statistics(
     a: Tensor,
     v: Tensor,
-    center_weight: Tensor | None,
+    form: Form,
+    p: Parameters,
     running: tuple[Tensor, Tensor],
     condensed: Tensor,
     momentum: float | Tensor,
     count: int,
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """:func:`mmubn.functional.batch_statistics` and :func:`mmubn.functional.select_statistics`."""
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], None]:
+    """:func:`mmubn.kernels.autograd.statistics`."""
     if isinstance(momentum, Tensor) or {buffer.dtype for buffer in running} != {a.dtype}:
-        return autograd.statistics(a, v, center_weight, running, condensed, momentum, count)
-    center_weight = _plain(center_weight, a.dtype)
+        return autograd.statistics(a, v, form, p, running, condensed, momentum, count)
+    center_weight = _plain(p.center_weight, a.dtype)
     running = [buffer.contiguous() for buffer in running]
     mean, var, *moved = a.new_empty(4, a.shape[1]).unbind(0)
     values = a, v, center_weight, *running, condensed, float(momentum), count, mean, var, *moved, *a.shape
     _call('statistics', a.dtype, *values)
-    return (mean, var), tuple(moved)
+    return (mean, var), tuple(moved), None
 
 
 def coefficients(s: Statistics, form: Form, p: Parameters, size: int) -> tuple[Tensor, Tensor, Tensor | None]:

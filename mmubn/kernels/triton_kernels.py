@@ -5,8 +5,10 @@ The functions below are the steps of :mod:`mmubn.functional`, and the same notat
 A depthwise kernel of k x k has T = k*k taps in row-major order; p + t is the pixel p shifted by tap t, so that the
 centre tap shifts by nothing; p = k // 2 is the padding::
 
-    forward    x ──► instance_moments ──► similarity_gate ──► statistics_coefficients ──► apply ──► y
+    forward    x ──► instance_moments ──► gated_coefficients ──► apply ──► y
     backward   x, dy ──► tap_sums ──► coefficients_backward ──► input_gradient ──► dx
+
+(``statistics_coefficients`` without a similarity, ``coefficients`` with the running statistics.)
 
 Between a layer's input and its output only ``instance_moments``, ``apply``, ``tap_sums`` and ``input_gradient`` touch
 data of the size of x: the forward reads x twice (and the samples of the similarity once more) and writes y, the
@@ -54,14 +56,13 @@ __all__ = [
     'apply',
     'coefficients',
     'coefficients_backward',
+    'gated_coefficients',
     'input_gradient',
     'instance_moments',
-    'similarity_gate',
     'similarity_sums',
     'statistics_coefficients',
     'supports',
     'tap_sums',
-    'update_gate',
 ]
 
 KERNEL_SIZES = (1, 3, 5, 7)
@@ -355,27 +356,33 @@ def _merge_moments_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@jit
-def _inverse_norms_kernel(a, v, inverse_norm, channels, pixels, BLOCK: tl.constexpr):
-    """1 / ||f_n||, ``||f_n||^2 = HW sum_c (v + a^2)``; 0 for a sample of zeros, NaN where the norm is not finite."""
-    sample = tl.program_id(0)
-    squares = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, channels, BLOCK):
-        channel = start + tl.arange(0, BLOCK)
-        offset = sample.to(tl.int64) * channels + channel
-        mean = tl.load(a + offset, mask=channel < channels, other=0.0)
-        squares += tl.load(v + offset, mask=channel < channels, other=0.0) + mean * mean
-    square = tl.sum(squares, axis=0) * pixels
-    # Below the smallest normal number the reciprocal of the root is infinite on the device: such a sample is zeros.
-    inverse = tl.where(square >= 1.1754943508222875e-38, tl.rsqrt(square), 0.0)
-    inverse = tl.where(_is_finite(square), inverse, float('nan'))
-    tl.store(inverse_norm + sample, inverse)
-
-
 @jit(do_not_specialize=['samples', 'rounds'])
-def _similarity_kernel(x, inverse_norm, partial, samples, size, rounds, UNROLL: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum of ``(sum_n f_n / ||f_n||)^2`` over this program's positions of a sample: C*H*W, in the order of memory."""
+def _similarity_kernel(
+    x, a, v, inverse_norms, partial, samples, channels, pixels, size, rounds,
+    UNROLL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Sum of ``(sum_n f_n / ||f_n||)^2`` over this program's positions of a sample: C*H*W, in the order of memory.
+
+    ``||f_n||^2 = HW sum_c (v + a^2)``: of a, v every program computes all norms, which is less than a launch costs.
+    Each has its row of ``inverse_norms``: 1 / ||f_n||, 0 for a sample of zeros, NaN where the norm is not finite.
+    """
     program = tl.program_id(0)
+    inverse_norms += program.to(tl.int64) * samples
+    for start in range(0, samples, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        squares = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+        for first in range(0, channels, BLOCK_C):
+            channel = first + tl.arange(0, BLOCK_C)
+            mean = _load_rows(a, n, channel, samples, channels)
+            squares += _load_rows(v, n, channel, samples, channels) + mean * mean
+        square = tl.sum(squares, axis=1) * pixels
+        # Below the smallest normal number the reciprocal of the root is infinite on the device: such a sample is zeros.
+        inverse = tl.where(square >= 1.1754943508222875e-38, tl.rsqrt(square), 0.0)
+        inverse = tl.where(_is_finite(square), inverse, float('nan'))
+        tl.store(inverse_norms + n, inverse, mask=n < samples)
+    # A thread reads what other threads of its program wrote.
+    tl.debug_barrier()
+
     begin = program.to(tl.int64) * rounds * BLOCK
     squares = tl.zeros([BLOCK], tl.float32)
     for r in range(rounds):
@@ -388,43 +395,30 @@ def _similarity_kernel(x, inverse_norm, partial, samples, size, rounds, UNROLL: 
                 sample = start + i
                 tiles += (tl.load(x + sample.to(tl.int64) * size + position, mask=inside, other=0.0),)
             for i in tl.static_range(UNROLL):
-                u += tiles[i].to(tl.float32) * tl.load(inverse_norm + start + i, mask=start + i < samples, other=0.0)
+                u += tiles[i].to(tl.float32) * tl.load(inverse_norms + start + i, mask=start + i < samples, other=0.0)
         squares += u * u
     tl.store(partial + program, tl.sum(squares, axis=0))
 
 
-@jit(do_not_specialize=['parts', 'samples'])
-def _gate_kernel(
-    partial, inverse_norm, sums, tau, tau_out, condensed, parts, samples, momentum, threshold,
-    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """The end of the similarity and the gate, one program.
+@jit
+def _add_similarities(partial, inverse_norms, parts, samples, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The sum of the cosines of all ordered pairs of different samples, and their number."""
+    part = tl.arange(0, BLOCK)
+    n = tl.arange(0, BLOCK_N)
+    # A sample of zeros is not among its own pairs; NaN > 0 is false, and the sum is NaN then anyway.
+    nonzero = tl.load(inverse_norms + n, mask=n < samples, other=0.0) > 0
+    total = tl.sum(tl.load(partial + part, mask=part < parts, other=0.0), axis=0)
+    total -= tl.sum(nonzero.to(tl.float32), axis=0)
+    return total, samples.to(tl.float32) * (samples - 1).to(tl.float32)
 
-    ``partial`` None: the sums are there already. ``tau`` None: no gate. ``threshold`` None: always condensed.
-    """
-    if partial is not None:
-        part = tl.arange(0, BLOCK)
-        n = tl.arange(0, BLOCK_N)
-        # A sample of zeros is not among its own pairs; NaN > 0 is false, and the sum is NaN then anyway.
-        nonzero = tl.load(inverse_norm + n, mask=n < samples, other=0.0) > 0
-        total = tl.sum(tl.load(partial + part, mask=part < parts, other=0.0), axis=0)
-        total -= tl.sum(nonzero.to(tl.float32), axis=0)
-        pairs = samples.to(tl.float32) * (samples - 1).to(tl.float32)
-        if sums is not None:
-            tl.store(sums, total)
-            tl.store(sums + 1, pairs)
-    else:
-        total = tl.load(sums)
-        pairs = tl.load(sums + 1)
-    if tau is not None:
-        similarity = total / pairs
-        old = tl.load(tau)
-        new = tl.where(_is_finite(similarity), (1 - momentum) * old + momentum * similarity, old)
-        tl.store(tau_out, new)
-        if threshold is not None:
-            tl.store(condensed, new > threshold)
-        else:
-            tl.store(condensed, True)
+
+@jit(do_not_specialize=['parts', 'samples'])
+def _similarity_sums_kernel(
+    partial, inverse_norms, sums, parts, samples, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    total, pairs = _add_similarities(partial, inverse_norms, parts, samples, BLOCK, BLOCK_N)
+    tl.store(sums, total)
+    tl.store(sums + 1, pairs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -450,14 +444,17 @@ def _load_parameter(pointer, channel, channels):
     return tl.load(pointer + channel, mask=channel < channels, other=0.0)
 
 
-@jit(do_not_specialize=['samples'])
+@jit(do_not_specialize=['samples', 'parts', 'paired_samples'])
 def _coefficients_kernel(
     a, v, mean, var, condensed, center_weight, scale_weight, scale_bias,
-    center, scale, mean_out, var_out, inv_std, new_mean, new_var,
+    center, scale, mean_out, var_out, new_mean, new_var,
     samples, channels, eps, momentum, correction,
-    KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    partial, inverse_norms, tau, new_tau, parts, paired_samples, similarity_momentum, threshold,
+    KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """``condensed`` None: (mean, var) normalise. Otherwise they are the running statistics, beside the batch's."""
+    """``v`` None: (mean, var) normalise. Otherwise they are the running statistics, beside the batch's, between which
+    ``condensed`` decides; ``partial`` None: as it says, otherwise as the similarity says, and it is written.
+    """
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     live = channel < channels
     mu = _load_parameter(mean, channel, channels)
@@ -466,7 +463,7 @@ def _coefficients_kernel(
     if center_weight is not None:
         w_m = _load_parameter(center_weight, channel, channels)
 
-    if condensed is not None:
+    if v is not None:
         # The instance mean of x + w_m a is (1 + w_m) a: the law of total variance, in two loops, without cancellation.
         batch_mean = tl.zeros([BLOCK_C], tl.float32)
         batch_var = tl.zeros([BLOCK_C], tl.float32)
@@ -481,7 +478,20 @@ def _coefficients_kernel(
             batch_var += tl.sum(_load_rows(v, n, channel, samples, channels) + deviation * deviation, axis=0)
         batch_var /= samples
 
-        take = tl.load(condensed) != 0
+        if partial is not None:
+            # Every program adds up the same numbers in the same order.
+            total, pairs = _add_similarities(partial, inverse_norms, parts, paired_samples, BLOCK, BLOCK_M)
+            similarity = total / pairs
+            old = tl.load(tau)
+            new = tl.where(
+                _is_finite(similarity), (1 - similarity_momentum) * old + similarity_momentum * similarity, old
+            )
+            take = tl.zeros([BLOCK_C], tl.float32) + new > threshold
+            is_first = tl.program_id(0) == 0
+            tl.store(new_tau, new, mask=is_first)
+            tl.store(condensed, new > threshold, mask=is_first)
+        else:
+            take = tl.load(condensed) != 0
         move = take & _is_finite(batch_mean) & _is_finite(batch_var)
         moved_mean = (1 - momentum) * mu + momentum * batch_mean
         moved_var = (1 - momentum) * sigma2 + momentum * (batch_var * correction)
@@ -493,7 +503,6 @@ def _coefficients_kernel(
         tl.store(var_out + channel, sigma2, mask=live)
 
     s = tl.rsqrt(sigma2 + eps)
-    tl.store(inv_std + channel, s, mask=live)
     if KIND != 0:
         w_v = _load_parameter(scale_weight, channel, channels)[None, :]
         w_b = _load_parameter(scale_bias, channel, channels)[None, :]
@@ -655,9 +664,9 @@ def _merge_tap_sums_kernel(g_parts, s_parts, g, s, size, parts, BLOCK: tl.conste
 
 @jit(do_not_specialize=['samples'])
 def _coefficients_backward_kernel(
-    g, s, a, mean, inv_std, condensed, scale, weight, center_weight, scale_weight, calibrated_bias,
-    slope, offset, d_weight, d_bias, d_center_weight, d_scale_weight, d_scale_bias, d_mean, d_var,
-    samples, channels, pixels,
+    g, s, a, mean, var, condensed, scale, weight, center_weight, scale_weight, calibrated_bias,
+    slope, offset, d_weight, d_bias, d_center_weight, d_scale_weight, d_scale_bias,
+    samples, channels, pixels, eps,
     KIND: tl.constexpr, T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Names: ``d_z`` is the gradient of z; r = sigmoid(.); m = (1 + w_m) a; rstd = 1 / sqrt(var + eps)."""
@@ -668,8 +677,7 @@ def _coefficients_backward_kernel(
     tap_live = live[:, None] & (tap < T)[None, :]
     taps = tl.load(weight + tap_index, mask=tap_live, other=0.0)[None, :, :]
     mu = _load_parameter(mean, channel, channels)[None, :]
-    # It divides, also where there is no channel.
-    rstd = tl.load(inv_std + channel, mask=live, other=1.0)[None, :]
+    rstd = tl.rsqrt(_load_parameter(var, channel, channels) + eps)[None, :]
     w_m = tl.zeros([1, BLOCK_C], tl.float32)
     if center_weight is not None:
         w_m = _load_parameter(center_weight, channel, channels)[None, :]
@@ -730,10 +738,8 @@ def _coefficients_backward_kernel(
         sum_rstd += tl.sum(d_rstd, axis=0)
         tl.store(offset + row, d_a / pixels, mask=inside)
 
-    rstd = tl.load(inv_std + channel, mask=live, other=1.0)
+    rstd = tl.rsqrt(_load_parameter(var, channel, channels) + eps)
     sum_var = sum_rstd * (-0.5 * rstd * rstd * rstd)
-    tl.store(d_mean + channel, sum_mu, mask=live)
-    tl.store(d_var + channel, sum_var, mask=live)
 
     # mu = mean_n m and var = mean_n (v + (m - mu)^2), where the statistics are the batch's.
     take = 0.0
@@ -1070,19 +1076,19 @@ def _similarity_parts(x: Tensor, a: Tensor, v: Tensor, max_samples: int) -> tupl
     samples = min(samples, max_samples)
     size = channels * height * width
     block = min(_power(size), 1024)
-    rounds = _ceil(_ceil(size, block), SIMILARITY_PARTS)
+    # Each program reads a and v besides its share of x: the smaller the map, the fewer programs.
+    most = min(SIMILARITY_PARTS, max(64, height * width * x.element_size() // 16))
+    rounds = _ceil(_ceil(size, block), most)
     parts = _ceil(size, block * rounds)
-    inverse_norm = a.new_empty(samples)
+    inverse_norms = a.new_empty((parts, samples))
     partial = a.new_empty(parts)
-    _launch(
-        _inverse_norms_kernel, samples, x.device,
-        a, v, inverse_norm, channels, float(height * width), BLOCK=min(_power(channels), 1024),
-    )  # fmt: skip
+    block_n = min(_power(samples), 16)
     _launch(
         _similarity_kernel, parts, x.device,
-        x, inverse_norm, partial, samples, size, rounds, UNROLL=min(_power(samples), 8), BLOCK=block,
+        x, a, v, inverse_norms, partial, samples, channels, float(height * width), size, rounds,
+        UNROLL=min(block_n, 8), BLOCK=block, BLOCK_N=block_n, BLOCK_C=min(_power(channels), 2048 // block_n),
     )  # fmt: skip
-    return partial, inverse_norm, parts, samples
+    return partial, inverse_norms, parts, samples
 
 
 def similarity_sums(x: Tensor, a: Tensor, v: Tensor, max_samples: int) -> Tensor:
@@ -1101,66 +1107,13 @@ def similarity_sums(x: Tensor, a: Tensor, v: Tensor, max_samples: int) -> Tensor
     Returns:
         ``(sum, number)``, (2,), float32. The sum is NaN where a norm is not finite.
     """
-    partial, inverse_norm, parts, samples = _similarity_parts(x, a, v, max_samples)
-    sums = a.new_empty(2, dtype=torch.float32)
+    partial, inverse_norms, parts, samples = _similarity_parts(x, a, v, max_samples)
+    sums = partial.new_empty(2)
     _launch(
-        _gate_kernel, 1, x.device,
-        partial, inverse_norm, sums, None, None, None, parts, samples, 0.0, 0.0,
-        BLOCK=_power(parts), BLOCK_N=_power(samples),
+        _similarity_sums_kernel, 1, x.device,
+        partial, inverse_norms, sums, parts, samples, BLOCK=_power(parts), BLOCK_N=_power(samples),
     )  # fmt: skip
     return sums
-
-
-def similarity_gate(
-    x: Tensor,
-    a: Tensor,
-    v: Tensor,
-    max_samples: int,
-    running_similarity: Tensor,
-    momentum: float,
-    threshold: float | None,
-) -> tuple[Tensor, Tensor]:
-    """:func:`similarity_sums` and :func:`update_gate` in one, in one launch fewer."""
-    partial, inverse_norm, parts, samples = _similarity_parts(x, a, v, max_samples)
-    tau = _float32(running_similarity, 'running_similarity', x.device)
-    momentum = _number(momentum, 'momentum')
-    threshold = None if threshold is None else _number(threshold, 'threshold')
-    new_tau, condensed = torch.empty_like(tau), torch.empty_like(tau, dtype=torch.bool)
-    _launch(
-        _gate_kernel, 1, x.device,
-        partial, inverse_norm, None, tau, new_tau, condensed, parts, samples, momentum, threshold,
-        BLOCK=_power(parts), BLOCK_N=_power(samples),
-    )  # fmt: skip
-    return new_tau, condensed
-
-
-def update_gate(
-    sums: Tensor, running_similarity: Tensor, momentum: float, threshold: float | None
-) -> tuple[Tensor, Tensor]:
-    """The running similarity after one batch, and whether the features are condensed.
-
-    ``tau' = (1 - m) tau + m s`` with ``s = sum / number`` where that is finite, else tau; ``condensed = tau' > T``.
-
-    Args:
-        sums: ``(sum, number)`` of :func:`similarity_sums`, (2,).
-        running_similarity: tau, 0-d.
-        momentum: m.
-        threshold: T. None turns the gate off: always condensed.
-
-    Returns:
-        ``(tau', condensed)``: new 0-d tensors, float32 and bool.
-    """
-    _check_device(sums.device)
-    sums = _float32(sums, 'sums', sums.device, 2)
-    tau = _float32(running_similarity, 'running_similarity', sums.device)
-    momentum = _number(momentum, 'momentum')
-    threshold = None if threshold is None else _number(threshold, 'threshold')
-    new_tau, condensed = torch.empty_like(tau), torch.empty_like(tau, dtype=torch.bool)
-    _launch(
-        _gate_kernel, 1, sums.device,
-        None, None, sums, tau, new_tau, condensed, 0, 0, momentum, threshold, BLOCK=1, BLOCK_N=1,
-    )  # fmt: skip
-    return new_tau, condensed
 
 
 def statistics_coefficients(
@@ -1200,11 +1153,57 @@ def statistics_coefficients(
         kind: What stat is: 'rectified', ``(m - mu) s``, or 'instance', a. None without scaling.
 
     Returns:
-        ``(center, scale, mu, var, s, running_mean, running_var)``: (N, C) the first two, (C,) the others; float32.
+        ``(center, scale, mu, var, running_mean, running_var)``: (N, C) the first two, (C,) the others; float32.
     """
-    return _coefficients(
-        a, v, running_mean, running_var, condensed, count, eps, momentum, center_weight, scale_weight, scale_bias, kind
+    condensed = _condensed(condensed, a.device)
+    rectification = center_weight, scale_weight, scale_bias, kind
+    return _coefficients(a, v, running_mean, running_var, condensed, count, eps, momentum, *rectification, None)
+
+
+def gated_coefficients(
+    x: Tensor,
+    a: Tensor,
+    v: Tensor,
+    max_samples: int,
+    running_similarity: Tensor,
+    similarity_momentum: float,
+    threshold: float,
+    running_mean: Tensor,
+    running_var: Tensor,
+    count: int,
+    eps: float,
+    momentum: float,
+    center_weight: Tensor | None,
+    scale_weight: Tensor | None,
+    scale_bias: Tensor | None,
+    kind: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`statistics_coefficients` where the similarity of the samples says whether the features are condensed.
+
+    ``tau' = (1 - m_s) tau + m_s s`` with the ``s = sum / number`` of :func:`similarity_sums` where that is finite, else
+    tau; ``condensed = tau' > T``.
+
+    Args:
+        x, a, v, max_samples: As for :func:`similarity_sums`.
+        running_similarity: tau, 0-d.
+        similarity_momentum: m_s.
+        threshold: T.
+        running_mean, running_var, count, eps, momentum, center_weight, scale_weight, scale_bias, kind: As for
+            :func:`statistics_coefficients`.
+
+    Returns:
+        ``(center, scale, mu, var, running_mean, running_var, tau', condensed)``: the last two 0-d, float32 and bool.
+    """
+    partial, inverse_norms, parts, samples = _similarity_parts(x, a, v, max_samples)
+    tau = _float32(running_similarity, 'running_similarity', x.device)
+    new_tau, condensed = torch.empty_like(tau), torch.empty_like(tau, dtype=torch.bool)
+    gate = (
+        *(partial, inverse_norms, tau, new_tau, parts, samples),
+        *(_number(similarity_momentum, 'similarity_momentum'), _number(threshold, 'threshold')),
     )
+    rectification = center_weight, scale_weight, scale_bias, kind
+    outputs = _coefficients(a, v, running_mean, running_var, condensed, count, eps, momentum, *rectification, gate)
+    return *outputs, new_tau, condensed
 
 
 def coefficients(
@@ -1216,7 +1215,7 @@ def coefficients(
     scale_weight: Tensor | None,
     scale_bias: Tensor | None,
     kind: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The coefficients of :func:`apply` for given statistics: :func:`statistics_coefficients` without the batch's.
 
     Args:
@@ -1230,17 +1229,14 @@ def coefficients(
         kind: 'rectified', 'instance' or None.
 
     Returns:
-        ``(center, scale, s)``: (N, C), (N, C) and (C,), float32.
+        ``(center, scale)``, each (N, C), float32.
     """
-    center, scale, _, _, inv_std, _, _ = _coefficients(
-        a, None, mean, var, None, 0, eps, 0.0, center_weight, scale_weight, scale_bias, kind
-    )
-    return center, scale, inv_std
+    return _coefficients(a, None, mean, var, None, 0, eps, 0.0, center_weight, scale_weight, scale_bias, kind, None)
 
 
 def _coefficients(
-    a, v, mean, var, condensed, count, eps, momentum, center_weight, scale_weight, scale_bias, kind
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    a, v, mean, var, condensed, count, eps, momentum, center_weight, scale_weight, scale_bias, kind, gate
+) -> tuple[Tensor, ...]:
     _check_device(a.device)
     if a.dim() != 2 or a.numel() == 0:
         _fail(f'a must be (N, C) with elements, got {tuple(a.shape)}.')
@@ -1249,7 +1245,7 @@ def _coefficients(
     kind = _kind(kind, scale_weight, scale_bias)
     a = _float32(a, 'a', device, samples, channels)
     v = _float32(v, 'v', device, samples, channels)
-    parameters = [
+    mean, var, center_weight, scale_weight, scale_bias = (
         _float32(value, name, device, channels)
         for name, value in (
             ('mean', mean),
@@ -1258,21 +1254,21 @@ def _coefficients(
             ('scale_weight', scale_weight),
             ('scale_bias', scale_bias),
         )
-    ]
-    condensed = _condensed(condensed, device)
-    center, scale, inv_std = torch.empty_like(a), torch.empty_like(a), a.new_empty(channels)
-    mean_out = var_out = new_mean = new_var = None
-    if condensed is not None:
-        mean_out, var_out, new_mean, new_var = (a.new_empty(channels) for _ in range(4))
+    )
+    outputs = [torch.empty_like(a), torch.empty_like(a)]
+    if v is not None:
+        outputs += [torch.empty_like(mean) for _ in range(4)]
+    parts, paired_samples = gate[4:6] if gate else (1, 1)
     block_n = min(_power(samples), 64)
     block_c = min(_power(channels), max(8, 256 // block_n))
     _launch(
         _coefficients_kernel, _ceil(channels, block_c), device,
-        a, v, *parameters[:2], condensed, *parameters[2:], center, scale, mean_out, var_out, inv_std, new_mean, new_var,
+        a, v, mean, var, condensed, center_weight, scale_weight, scale_bias, *outputs, *[None] * (6 - len(outputs)),
         samples, channels, _number(eps, 'eps'), _number(momentum, 'momentum'), count / max(count - 1, 1),
-        KIND=kind, BLOCK_N=block_n, BLOCK_C=block_c,
+        *(gate or (None, None, None, None, 1, 1, 0.0, 0.0)),
+        KIND=kind, BLOCK_N=block_n, BLOCK_C=block_c, BLOCK=_power(parts), BLOCK_M=_power(paired_samples),
     )  # fmt: skip
-    return center, scale, mean_out, var_out, inv_std, new_mean, new_var
+    return tuple(outputs)
 
 
 def apply(x: Tensor, center: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -1348,7 +1344,8 @@ def coefficients_backward(
     s: Tensor,
     a: Tensor,
     mean: Tensor,
-    inv_std: Tensor,
+    var: Tensor,
+    eps: float,
     condensed: Tensor | None,
     scale: Tensor,
     weight: Tensor,
@@ -1357,7 +1354,7 @@ def coefficients_backward(
     calibrated_bias: Tensor | None,
     kind: str | None,
     pixels: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the parameters, and the coefficients of :func:`input_gradient`, from :func:`tap_sums`.
 
     Args:
@@ -1365,7 +1362,8 @@ def coefficients_backward(
         s: S, (N, C, T).
         a: Instance means, (N, C).
         mean: mu, the mean that normalised, (C,).
-        inv_std: ``1 / sqrt(var + eps)``, (C,).
+        var: The variance that normalised, (C,).
+        eps: Added to it.
         condensed: Whether mu and var were the batch's and so depend on x: 0-d bool. None for False.
         scale: (N, C), of the forward.
         weight: (C, T).
@@ -1376,9 +1374,8 @@ def coefficients_backward(
         pixels: H * W.
 
     Returns:
-        ``(slope, offset, d_weight, d_bias, d_center_weight, d_scale_weight, d_scale_bias, d_mean, d_var)``: slope and
-        offset (N, C), d_weight (C, T), the others (C,), and (0,) the gradients of parameters that are None; float32.
-        d_mean and d_var are the gradients of mu and var, also where these do not depend on x.
+        ``(slope, offset, d_weight, d_bias, d_center_weight, d_scale_weight, d_scale_bias)``: slope and offset (N, C),
+        d_weight (C, T), the others (C,), and (0,) the gradients of parameters that are None; float32.
     """
     _check_device(g.device)
     if g.dim() != 3 or g.numel() == 0:
@@ -1391,11 +1388,11 @@ def coefficients_backward(
     a = _float32(a, 'a', device, samples, channels)
     scale = _float32(scale, 'scale', device, samples, channels)
     weight = _float32(weight, 'weight', device, channels, taps)
-    mean, inv_std, center_weight, scale_weight, calibrated_bias = (
+    mean, var, center_weight, scale_weight, calibrated_bias = (
         _float32(value, name, device, channels)
         for name, value in (
             ('mean', mean),
-            ('inv_std', inv_std),
+            ('var', var),
             ('center_weight', center_weight),
             ('scale_weight', scale_weight),
             ('calibrated_bias', calibrated_bias),
@@ -1408,8 +1405,8 @@ def coefficients_backward(
     block_n = min(_power(samples), 64, 4096 // (block_c * block_t))
     _launch(
         _coefficients_backward_kernel, _ceil(channels, block_c), device,
-        g, s, a, mean, inv_std, condensed, scale, weight, center_weight, scale_weight, calibrated_bias, *outputs,
-        samples, channels, float(pixels),
+        g, s, a, mean, var, condensed, scale, weight, center_weight, scale_weight, calibrated_bias, *outputs,
+        samples, channels, float(pixels), _number(eps, 'eps'),
         KIND=kind_code, T=taps, BLOCK_N=block_n, BLOCK_C=block_c, BLOCK_T=block_t, num_warps=8,
     )  # fmt: skip
     return outputs
@@ -1425,8 +1422,6 @@ def _empty_gradients(a: Tensor, taps: int, center_weight: Tensor | None, scale_w
         channels if center_weight is not None else 0,
         channels if scale_weight is not None else 0,
         channels if scale_weight is not None else 0,
-        channels,
-        channels,
     ]
     return tuple(a.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
@@ -1475,10 +1470,6 @@ def _rows(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape, dtype=torch.float32)
 
 
-def _fake_gate(tau: Tensor) -> tuple[Tensor, Tensor]:
-    return tau.new_empty((), dtype=torch.float32), tau.new_empty((), dtype=torch.bool)
-
-
 def _fake_coefficients(a: Tensor, vectors: int) -> tuple[Tensor, ...]:
     return _rows(a, *a.shape), _rows(a, *a.shape), *(_rows(a, a.shape[1]) for _ in range(vectors))
 
@@ -1501,28 +1492,25 @@ _OPERATORS = (
         lambda x, a, v, max_samples: _rows(x, 2),
     ),
     (
-        similarity_gate,
-        '(Tensor x, Tensor a, Tensor v, int max_samples, Tensor running_similarity, float momentum, float? threshold)'
-        ' -> (Tensor, Tensor)',
-        lambda x, a, v, max_samples, running_similarity, momentum, threshold: _fake_gate(running_similarity),
-    ),
-    (
-        update_gate,
-        '(Tensor sums, Tensor running_similarity, float momentum, float? threshold) -> (Tensor, Tensor)',
-        lambda sums, running_similarity, momentum, threshold: _fake_gate(running_similarity),
-    ),
-    (
         statistics_coefficients,
         '(Tensor a, Tensor v, Tensor running_mean, Tensor running_var, Tensor condensed, SymInt count, float eps,'
         ' float momentum, Tensor? center_weight, Tensor? scale_weight, Tensor? scale_bias, str? kind)'
-        ' -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
-        lambda a, *_: _fake_coefficients(a, 5),
+        ' -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
+        lambda a, *_: _fake_coefficients(a, 4),
+    ),
+    (
+        gated_coefficients,
+        '(Tensor x, Tensor a, Tensor v, int max_samples, Tensor running_similarity, float similarity_momentum,'
+        ' float threshold, Tensor running_mean, Tensor running_var, SymInt count, float eps, float momentum,'
+        ' Tensor? center_weight, Tensor? scale_weight, Tensor? scale_bias, str? kind)'
+        ' -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
+        lambda x, a, *_: (*_fake_coefficients(a, 4), _rows(a), a.new_empty((), dtype=torch.bool)),
     ),
     (
         coefficients,
         '(Tensor a, Tensor mean, Tensor var, float eps, Tensor? center_weight, Tensor? scale_weight,'
-        ' Tensor? scale_bias, str? kind) -> (Tensor, Tensor, Tensor)',
-        lambda a, *_: _fake_coefficients(a, 1),
+        ' Tensor? scale_bias, str? kind) -> (Tensor, Tensor)',
+        lambda a, *_: _fake_coefficients(a, 0),
     ),
     (
         apply,
@@ -1536,10 +1524,11 @@ _OPERATORS = (
     ),
     (
         coefficients_backward,
-        '(Tensor g, Tensor s, Tensor a, Tensor mean, Tensor inv_std, Tensor? condensed, Tensor scale, Tensor weight,'
-        ' Tensor? center_weight, Tensor? scale_weight, Tensor? calibrated_bias, str? kind, SymInt pixels)'
-        ' -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
-        lambda g, s, a, mean, inv_std, condensed, scale, weight, center_weight, scale_weight, *_: _empty_gradients(
+        '(Tensor g, Tensor s, Tensor a, Tensor mean, Tensor var, float eps, Tensor? condensed, Tensor scale,'
+        ' Tensor weight, Tensor? center_weight, Tensor? scale_weight, Tensor? calibrated_bias, str? kind,'
+        ' SymInt pixels)'
+        ' -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
+        lambda g, s, a, mean, var, eps, condensed, scale, weight, center_weight, scale_weight, *_: _empty_gradients(
             a, g.shape[2], center_weight, scale_weight
         ),
     ),

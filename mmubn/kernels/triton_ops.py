@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from mmubn.kernels import autograd, triton_kernels
-from mmubn.kernels.autograd import Form, Parameters, Statistics
+from mmubn.kernels.autograd import Form, Gate, Parameters, Statistics
 
 __all__ = [
     'apply',
     'coefficients',
     'coefficients_backward',
+    'gated_statistics',
     'input_gradient',
     'instance_means',
     'instance_moments',
-    'similarity_gate',
     'similarity_sums',
     'statistics',
     'tap_sums',
@@ -38,13 +38,6 @@ def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return _kernels().instance_moments(x)
 
 
-def similarity_gate(
-    x: Tensor, a: Tensor, v: Tensor, max_samples: int, tau: Tensor, momentum: float, threshold: float
-) -> tuple[Tensor, Tensor]:
-    """The running similarity after this batch, and whether the features are condensed."""
-    return _kernels().similarity_gate(x, a, v, max_samples, tau, momentum, threshold)
-
-
 def instance_means(x: Tensor) -> Tensor:
     """``a = mean_hw x``, (N, C); the variance comes with it at no cost."""
     return _kernels().instance_moments(x)[0]
@@ -59,31 +52,62 @@ def similarity_sums(x: Tensor, a: Tensor, v: Tensor, max_samples: int) -> tuple[
 def statistics(
     a: Tensor,
     v: Tensor,
-    center_weight: Tensor | None,
+    form: Form,
+    p: Parameters,
     running: tuple[Tensor, Tensor],
     condensed: Tensor,
     momentum: float | Tensor,
     count: int,
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """:func:`mmubn.functional.batch_statistics` and :func:`mmubn.functional.select_statistics` in one launch."""
-    # The kernel moves float32: of another dtype, a layer must see whether its own still holds the variance.
-    if isinstance(momentum, Tensor) or running[0].dtype != torch.float32:
-        return autograd.statistics(a, v, center_weight, running, condensed, momentum, count)
-    _, _, mean, var, _, *moved = _kernels().statistics_coefficients(
-        a, v, *running, condensed, count, 0.0, momentum, center_weight, None, None, None
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+    """:func:`mmubn.kernels.autograd.statistics` in one launch, with the coefficients."""
+    if isinstance(momentum, Tensor) or not _moves(running):
+        return autograd.statistics(a, v, form, p, running, condensed, momentum, count)
+    center, scale, mean, var, *moved = _kernels().statistics_coefficients(
+        a, v, *running, condensed, count, form.eps, momentum, *_rectification(form, p)
     )
-    return (mean, var), tuple(moved)
+    return (mean, var), tuple(moved), None if form.scaling == 'unitized' else (center, scale)
+
+
+def gated_statistics(
+    x: Tensor,
+    a: Tensor,
+    v: Tensor,
+    gate: Gate,
+    form: Form,
+    p: Parameters,
+    running: tuple[Tensor, Tensor],
+    momentum: float,
+    count: int,
+) -> tuple:
+    """:func:`mmubn.kernels.autograd.gated_statistics` in two launches, with the coefficients."""
+    if not _moves(running):
+        return autograd.gated_statistics(similarity_sums, statistics, x, a, v, gate, form, p, running, momentum, count)
+    tau, similarity_momentum, threshold, max_samples = gate
+    center, scale, mean, var, *moved, tau, condensed = _kernels().gated_coefficients(
+        *(x, a, v, max_samples, tau, similarity_momentum, threshold),
+        *(*running, count, form.eps, momentum, *_rectification(form, p)),
+    )
+    return (mean, var), tuple(moved), (center, scale), tau, condensed
+
+
+def _moves(running: tuple[Tensor, Tensor]) -> bool:
+    """The kernels move float32: of another dtype, a layer must see whether its own still holds the variance."""
+    return running[0].dtype == torch.float32
+
+
+def _rectification(form: Form, p: Parameters) -> tuple[Tensor | None, Tensor | None, Tensor | None, str | None]:
+    if form.scaling == 'unitized':
+        return p.center_weight, None, None, None
+    return p.center_weight, p.scale_weight, p.scale_bias, form.scaling
 
 
 def coefficients(s: Statistics, form: Form, p: Parameters, size: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`mmubn.functional.coefficients`."""
     if form.scaling == 'unitized' or s.a is None:
         return autograd.coefficients(s, form, p, size)
-    center, scale, inv_std = _kernels().coefficients(
-        s.a, s.mean, s.var, form.eps, p.center_weight, p.scale_weight, p.scale_bias, form.scaling
-    )
+    center, scale = s.coefficients or _kernels().coefficients(s.a, s.mean, s.var, form.eps, *_rectification(form, p))
     # The kernel of the backward finds r in scale; else only a calibrated bias needs it.
-    r = scale / inv_std if form.scaling and (form.calibrate_bias or s.synchronized) else None
+    r = scale * (s.var + form.eps).sqrt() if form.scaling and (form.calibrate_bias or s.synchronized) else None
     return center, scale, r
 
 
@@ -113,12 +137,13 @@ def coefficients_backward(
     """:func:`mmubn.kernels.autograd.coefficients_backward`."""
     if form.scaling == 'unitized' or statistics.a is None or statistics.synchronized:
         return autograd.coefficients_backward(g, s, statistics, form, p, kernel, center, scale, r, size)
-    slope, offset, d_taps, *d_others, _, _ = _kernels().coefficients_backward(
+    slope, offset, d_taps, *d_others = _kernels().coefficients_backward(
         g,
         s,
         statistics.a,
         statistics.mean,
-        torch.rsqrt(statistics.var + form.eps),
+        statistics.var,
+        form.eps,
         statistics.condensed,
         scale.expand(statistics.a.shape),
         kernel.flatten(1),

@@ -15,7 +15,7 @@ from mmubn import functional as F
 from mmubn import kernels
 from mmubn.checkpoints import INITIAL_SCALE_BIAS, convert_state
 from mmubn.guards import UnfoldableEps
-from mmubn.kernels import Form, Parameters, Statistics
+from mmubn.kernels import Form, Gate, Parameters, Statistics
 from mmubn.layers.recomputation import Call, RecentCalls
 
 __all__ = ['UnifiedNorm', 'is_int', 'is_number', 'require']
@@ -140,15 +140,15 @@ class UnifiedNorm(_BatchNorm):
     def _forward(self, x: Tensor) -> Tensor:
         backend = kernels.choose_backend(x, self.kernel_size)
         is_differentiated = torch.is_grad_enabled()
-        with torch.no_grad():
-            if self.training and (x.numel() > 0 or self._synchronizes()):
-                statistics = self._training_statistics(x, backend)
-            else:
-                statistics = self._running_statistics(x, backend, with_copies=is_differentiated)
         form = Form(self._eps, self.scaling, self.calibrate_bias)
         parameters = Parameters(
             self.weight, self.bias, self.neighbor_weight, self.center_weight, self.scale_weight, self.scale_bias
         )
+        with torch.no_grad():
+            if self.training and (x.numel() > 0 or self._synchronizes()):
+                statistics = self._training_statistics(x, backend, form, parameters)
+            else:
+                statistics = self._running_statistics(x, backend, with_copies=is_differentiated)
         return backend.rectified_norm(x, statistics, form, parameters)
 
     def _running_statistics(self, x: Tensor, backend: kernels.Backend, with_copies: bool) -> Statistics:
@@ -162,29 +162,43 @@ class UnifiedNorm(_BatchNorm):
         mean, var = (buffer.to(dtype, copy=with_copies) for buffer in (self.running_mean, self.running_var))
         return Statistics(a, v, mean, var)
 
-    def _training_statistics(self, x: Tensor, backend: kernels.Backend) -> Statistics:
+    def _training_statistics(
+        self, x: Tensor, backend: kernels.Backend, form: Form, parameters: Parameters
+    ) -> Statistics:
         """The statistics that normalise a training batch. Moves the buffers, in place, without a host decision."""
         a, v = backend.instance_moments(x)
-        call = self._calls.recomputed(a)
+        call, coefficients = self._calls.recomputed(a), None
         if call is None:
-            call = Call(a, *self._decide(x, a, v, backend))
+            *decision, coefficients = self._decide(x, a, v, backend, form, parameters)
+            call = Call(a, *decision)
             self._calls.record(call)
-        return Statistics(a, v, *call[1:], self._synchronizes())
+        return Statistics(a, v, *call[1:], self._synchronizes(), coefficients)
 
     def _decide(
-        self, x: Tensor, a: Tensor, v: Tensor, backend: kernels.Backend
-    ) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:
-        """Mean and variance that normalise, whether they are the batch's, and the batch's values per channel."""
-        condensed = self._gate(x, a, v, backend)
+        self, x: Tensor, a: Tensor, v: Tensor, backend: kernels.Backend, form: Form, parameters: Parameters
+    ) -> tuple[Tensor, Tensor, Tensor, int | Tensor, tuple[Tensor, Tensor] | None]:
+        """Mean and variance that normalise, whether they are the batch's, the batch's values per channel, and
+        ``Statistics.coefficients``."""
         count = x.numel() // self.num_features
-        selected, moved = backend.statistics(
-            a, v, self.center_weight, (self.running_mean, self.running_var), condensed, self._momentum(condensed), count
-        )
-        self._move(moved)
-        return *selected, condensed, count
+        arguments = form, parameters, (self.running_mean, self.running_var)
+        gate = self._gate(x, a, v, backend)
+        if isinstance(gate, Gate):
+            selected, moved, coefficients, tau, condensed = backend.gated_statistics(
+                x, a, v, gate, *arguments, self.momentum, count
+            )
+            self.num_batches_tracked.add_(condensed)
+            self._move(moved, tau)
+        else:
+            condensed = gate
+            selected, moved, coefficients = backend.statistics(
+                a, v, *arguments, condensed, self._momentum(condensed), count
+            )
+            self._move(moved)
+        return *selected, condensed, count, coefficients
 
-    def _gate(self, x: Tensor, a: Tensor, v: Tensor, backend: kernels.Backend) -> Tensor:
-        """Whether the features are condensed, so that the batch's own statistics are used: 0-d bool."""
+    def _gate(self, x: Tensor, a: Tensor, v: Tensor, backend: kernels.Backend) -> Tensor | Gate:
+        """Whether the features are condensed, so that the batch's own statistics are used: a 0-d bool, or the gate that
+        decides by the similarity, which needs a number for momentum."""
         return torch.ones((), dtype=torch.bool, device=x.device)
 
     def _momentum(self, condensed: Tensor) -> float | Tensor:
@@ -192,9 +206,13 @@ class UnifiedNorm(_BatchNorm):
         self.num_batches_tracked.add_(condensed)
         return self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.to(self.running_var.dtype)
 
-    def _move(self, moved: tuple[Tensor, Tensor]) -> None:
-        for buffer, new in zip((self.running_mean, self.running_var), moved, strict=True):
-            buffer.copy_(new)
+    def _move(self, moved: tuple[Tensor, Tensor], tau: Tensor | None = None) -> None:
+        buffers, values = [self.running_mean, self.running_var], list(moved)
+        if tau is not None:
+            # By a view of shape (1,): torch.compile (2.12) loses an in-place update of a 0-d float64 buffer.
+            buffers.append(self.running_similarity.view(1))
+            values.append(tau.view(1))
+        torch._foreach_copy_(buffers, values)
 
     def _synchronizes(self) -> bool:
         """Whether the batch is that of several processes."""

@@ -8,7 +8,7 @@ from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmubn import functional as F
-from mmubn.kernels import Backend
+from mmubn.kernels import Backend, Form, Parameters
 from mmubn.layers.ubn import UBN
 
 __all__ = ['SyncUBN']
@@ -38,9 +38,11 @@ class SyncUBN(UBN, _BatchNorm):
     def _synchronizes(self) -> bool:
         return self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
-    def _decide(self, x: Tensor, a: Tensor, v: Tensor, backend: Backend) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:
+    def _decide(
+        self, x: Tensor, a: Tensor, v: Tensor, backend: Backend, form: Form, parameters: Parameters
+    ) -> tuple[Tensor, Tensor, Tensor, int | Tensor, tuple[Tensor, Tensor] | None]:
         if not self._synchronizes():
-            return super()._decide(x, a, v, backend)
+            return super()._decide(x, a, v, backend, form, parameters)
         count, pairs, statistics = a.new_zeros(1), a.new_zeros(2), a.new_zeros(2, self.num_features)
         if x.numel() > 0:  # a process without samples adds nothing, but the others wait for it
             count.fill_(x.numel() // self.num_features)
@@ -60,12 +62,11 @@ class SyncUBN(UBN, _BatchNorm):
         if self._gate_acts():
             threshold = self.threshold
             tau = F.update_running_similarity(tau, totals.sum() / pairs.sum(), self.similarity_momentum)
-            self._move_similarity(tau)
         condensed = F.is_condensed(tau, threshold)
         running = self.running_mean, self.running_var
         selected, moved = F.select_statistics(batch, running, condensed, self._momentum(condensed), counts.sum())
-        self._move(moved)
-        return *selected, condensed, counts.sum()
+        self._move(moved, tau)
+        return *selected, condensed, counts.sum(), None
 
 
 def _all_gather(vector: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmubn.kernels import Backend
+from mmubn.kernels import Backend, Gate
 from mmubn.layers.core import UnifiedNorm, is_int, is_number, require
 
 __all__ = ['UBN']
@@ -123,15 +123,7 @@ class UBN(UnifiedNorm, _BatchNorm):
         """Not without a threshold, and not while a tool re-estimates the running statistics, batch after batch."""
         return self.threshold is not None and self.momentum is not None and self.momentum < 1
 
-    def _gate(self, x: Tensor, a: Tensor, v: Tensor, backend: Backend) -> Tensor:
+    def _gate(self, x: Tensor, a: Tensor, v: Tensor, backend: Backend) -> Tensor | Gate:
         if not self._gate_acts():
             return super()._gate(x, a, v, backend)
-        tau, condensed = backend.similarity_gate(
-            x, a, v, self.similarity_samples, self.running_similarity, self.similarity_momentum, self.threshold
-        )
-        self._move_similarity(tau)
-        return condensed
-
-    def _move_similarity(self, tau: Tensor) -> None:
-        # By a view of shape (1,): torch.compile (2.12) loses an in-place update of a 0-d float64 buffer.
-        self.running_similarity.view(1).copy_(tau)
+        return Gate(self.running_similarity, self.similarity_momentum, self.threshold, self.similarity_samples)

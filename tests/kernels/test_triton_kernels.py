@@ -91,16 +91,16 @@ def run_layer(shape, layout, dtype, k, kind='rectified', centering=True, calibra
     rectification = (vector if centering else None, *(vector if kind else None,) * 2, kind)
 
     a, v = kernels.instance_moments(x)
-    kernels.update_gate(kernels.similarity_sums(x, a, v, 16), tau, 0.1, threshold)
-    _, condensed = kernels.similarity_gate(x, a, v, 16, tau, 0.1, threshold)
+    kernels.similarity_sums(x, a, v, 16)
     kernels.coefficients(a, vector, vector, 1e-5, *rectification)
-    center, scale, mean, _, inv_std, *_ = kernels.statistics_coefficients(
-        a, v, vector, vector, condensed, n * h * w, 1e-5, 0.1, *rectification
-    )
+    statistics = (vector, vector, n * h * w, 1e-5, 0.1, *rectification)
+    center, scale, mean, var, *_, condensed = kernels.gated_coefficients(x, a, v, 16, tau, 0.1, threshold, *statistics)
+    kernels.statistics_coefficients(a, v, *statistics[:2], condensed, *statistics[2:])
     kernels.apply(x, center, scale, weight, scale if calibrate else vector)
     g, s = kernels.tap_sums(x, x, center, k)
     slope, offset, *_ = kernels.coefficients_backward(
-        g, s, a, mean, inv_std, condensed, scale, weight, *rectification[:2], vector if calibrate else None, kind, h * w
+        *(g, s, a, mean, var, 1e-5, condensed, scale, weight, *rectification[:2]),
+        *(vector if calibrate else None, kind, h * w),
     )
     kernels.input_gradient(x, x, a, scale, weight, slope, offset)
 
@@ -132,7 +132,7 @@ LAYERS = {
     },
     'k1': ((8, 64, 56, 56), 'nchw', torch.bfloat16, 1, 'instance', False),
     'k1 channels_last': ((8, 64, 56, 56), 'channels_last', torch.bfloat16, 1, None, True),
-    'k5': ((2, 48, 14, 14), 'channels_last', torch.bfloat16, 5, 'rectified', True, True, None),
+    'k5': ((2, 48, 14, 14), 'channels_last', torch.bfloat16, 5, 'rectified', True, True),
     'odd sizes': ((3, 5, 7, 1), 'channels_last', torch.float16, 3),
     'k7': ((2, 48, 14, 14), 'nchw', torch.float32, 7),
 }
@@ -190,9 +190,10 @@ def test_launches_per_pass(launches):
     names = [kernel.fn.__name__.strip('_').removesuffix('_kernel') for kernel, *_ in launches]
     assert names == [
         *('moments', 'merge_moments'),
-        *('inverse_norms', 'similarity', 'gate', 'gate'),
-        *('inverse_norms', 'similarity', 'gate'),
-        *('coefficients', 'coefficients'),
+        *('similarity', 'similarity_sums'),
+        'coefficients',
+        *('similarity', 'coefficients'),
+        'coefficients',
         'apply',
         *('tap_sums', 'merge_tap_sums', 'coefficients_backward', 'input_gradient'),
     ]

@@ -166,17 +166,21 @@ def layer(x, dy, parameters, running, options, threshold, max_samples, ops=kerne
     out = {}
     out['a'], out['v'] = a, v = ops.instance_moments(x)
     out['sums'] = ops.similarity_sums(x, a, v, max_samples)
-    gate = (running['tau'], SIMILARITY_MOMENTUM, threshold)
-    out['tau'], out['condensed'] = ops.update_gate(out['sums'], *gate)
-    out['fused_tau'], out['fused_condensed'] = ops.similarity_gate(x, a, v, max_samples, *gate)
-    center, scale, mean, out['var'], inv_std, out['running_mean'], out['running_var'] = ops.statistics_coefficients(
-        a, v, running['mean'], running['var'], out['condensed'], n * h * w, EPS, MOMENTUM, *rectification
-    )
-    bias = scale / inv_std * p['bias'] if calibrate else p['bias']
+    statistics = (running['mean'], running['var'])
+    momenta = (n * h * w, EPS, MOMENTUM)
+    if threshold is None:
+        condensed = torch.tensor(True)
+        outputs = ops.statistics_coefficients(a, v, *statistics, condensed, *momenta, *rectification)
+    else:
+        gate = (max_samples, running['tau'], SIMILARITY_MOMENTUM, threshold)
+        *outputs, out['tau'], condensed = ops.gated_coefficients(x, a, v, *gate, *statistics, *momenta, *rectification)
+    center, scale, mean, var, out['running_mean'], out['running_var'] = outputs
+    out['var'], out['condensed'] = var, condensed
+    bias = scale * (var + EPS).sqrt() * p['bias'] if calibrate else p['bias']
     out['y'] = ops.apply(x, center, scale, p['weight'], bias)
     g, s = ops.tap_sums(x, dy, center, k)
     slope, offset, *gradients = ops.coefficients_backward(
-        g, s, a, mean, inv_std, out['condensed'], scale, p['weight'], p['center_weight'], p['scale_weight'],
+        g, s, a, mean, var, EPS, condensed, scale, p['weight'], p['center_weight'], p['scale_weight'],
         p['bias'] if calibrate else None, kind, h * w,
     )  # fmt: skip
     out |= {f'd_{name}': gradient for name, gradient in zip(NAMES, gradients, strict=False)}
@@ -199,9 +203,9 @@ def compare_layer(case, threshold, max_samples=16):
     for name in ('a', 'v', 'var', 'running_mean', 'running_var'):
         close(name, out[name], expected[name])
     close('sums', out['sums'], expected['sums'], 16 * len(x))
-    close('tau', out['tau'], expected['tau'])
-    close('fused tau', out['fused_tau'], expected['tau'])
-    assert bool(out['condensed']) == bool(out['fused_condensed']) == bool(expected['condensed'])
+    if threshold is not None:
+        close('tau', out['tau'], expected['tau'])
+    assert bool(out['condensed']) == bool(expected['condensed'])
     for name in ('y', 'd_x', *(f'd_{name}' for name in NAMES)):
         if name in expected:
             close(name, out[name], expected[name], expected['size'].get(name, 0.0))
@@ -254,7 +258,7 @@ for _case, _condensed, _programs in layer_cases():
     @check(' '.join(_words), _case, _condensed, _programs)
     def _(case, condensed, programs):
         with programs_aimed_at(programs):
-            compare_layer(make_case(*case), None if condensed else 0.99)
+            compare_layer(make_case(*case), -1 if condensed else 0.99)
 
 
 @contextlib.contextmanager
@@ -332,14 +336,26 @@ def _():
 
 @check('gate')
 def _():
-    tau = torch.tensor(0.25)
-    for total, pairs, threshold in itertools.product((3.0, math.nan, math.inf, 0.0), (6.0, 0.0), (0.3, None)):
-        sums = torch.tensor([total, pairs])
-        new, condensed = kernels.update_gate(sums, tau, 0.5, threshold)
-        expected = 0.5 * 0.25 + 0.5 * total / pairs if math.isfinite(total) and pairs else 0.25
-        assert (float(new), bool(condensed)) == (expected, threshold is None or expected > threshold)
+    """tau moves by a finite similarity alone, and its new value decides which statistics are used, of every channel."""
+    tau, mean, var = torch.tensor(0.25), torch.full((300,), 7.0), torch.full((300,), 3.0)
+    alike = torch.ones(2, 300, 1, 2)
+    alike[:, ::2] = 2
+    broken = alike.clone()
+    broken[1, 2] = math.nan
+    batches = {'alike': (alike, 1.0), 'opposite': (torch.stack([alike[0], -alike[0]]), -1.0)}
+    batches |= {'one sample': (alike[:1], None), 'not finite': (broken, None), 'zeros': (0 * alike, 0.0)}
+    for (name, (x, similarity)), threshold in itertools.product(batches.items(), (-1, 0.1, 0.2, 0.3, 0.7)):
+        a, v = kernels.instance_moments(x)
+        gate = (16, tau, 0.5, threshold)
+        _, _, used, _, _, _, new, condensed = kernels.gated_coefficients(
+            x, a, v, *gate, mean, var, len(x) * 2, EPS, MOMENTUM, None, None, None, None
+        )
+        expected = 0.25 if similarity is None else 0.5 * 0.25 + 0.5 * similarity
+        assert float(new) == pytest.approx(expected, abs=1e-6), name
+        assert bool(condensed) == (expected > threshold), (name, threshold)
         assert new.shape == condensed.shape == ()
         assert condensed.dtype == torch.bool
+        torch.testing.assert_close(used, a.mean(0) if condensed else mean, equal_nan=True)
 
 
 @check('coefficients')
@@ -350,13 +366,12 @@ def _():
     )
     for kind, center_weight in itertools.product(('rectified', 'instance', None), (w_m, None)):
         scaling = (w_v, w_b) if kind else (None, None)
-        center, scale, inv_std = kernels.coefficients(a, mean, var, EPS, center_weight, *scaling, kind)
+        center, scale = kernels.coefficients(a, mean, var, EPS, center_weight, *scaling, kind)
         s = (var.double() + EPS).rsqrt()
         m = mean - (0 if center_weight is None else center_weight) * a.double()
         stat = {'rectified': (a - m) * s, 'instance': a.double(), None: a}[kind]
         close('center', center, m)
         close('scale', scale, s * torch.sigmoid(w_v * stat + w_b) if kind else s.expand_as(a))
-        close('inv_std', inv_std, s)
 
     # A batch that is not finite in a channel leaves that channel's running statistics alone; so does one that is not
     # condensed, in all channels; one value has no unbiased variance.
@@ -456,7 +471,8 @@ def operator_calls():
             return call
 
     x, dy, p, running, options = make_case((2, 3, 2, 3), 'channels_last', torch.float16, 3, 'rectified', True, True)
-    layer(x.clone(), dy, p, running, options, 0.1, 16, Recorder())
+    for threshold in (0.1, None):
+        layer(x.clone(), dy, p, running, options, threshold, 16, Recorder())
     a = torch.ones(2, 3)
     calls['coefficients'] = (a, a[0], a[1].clone(), EPS, None, None, None, None)
     return calls
