@@ -34,6 +34,7 @@ class Form(NamedTuple):
     eps: float
     scaling: str | None  # 'rectified', 'instance', 'unitized'
     calibrate_bias: bool  # r multiplies the bias too
+    kernel_size: int  # k
 
 
 class Gate(NamedTuple):
@@ -98,14 +99,14 @@ def rectified_norm(ops: ModuleType, x: Tensor, statistics: Statistics, form: For
 def _forward(
     ops: ModuleType, x: Tensor, statistics: Statistics, form: Form, p: Parameters
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """The output, and what the backward needs: kernel, center, scale and r."""
-    kernel = F.depthwise_kernel(p.weight, p.neighbor_weight).to(statistics.mean.dtype)
+    """The output, and what the backward needs: center, scale and r."""
     if x.numel() == 0:
-        empty = x.new_empty((0, kernel.shape[0]), dtype=kernel.dtype)
-        return torch.empty_like(x), (kernel, empty, empty, empty if form.scaling else None)
+        empty = statistics.mean.new_empty((0, len(p.weight)))
+        return torch.empty_like(x), (empty, empty, empty if form.scaling else None)
     center, scale, r = ops.coefficients(statistics, form, p, x.shape[2] * x.shape[3])
     bias = r * p.bias if form.calibrate_bias else p.bias
-    return ops.apply(x, center, scale, kernel, bias).to(x.dtype), (kernel, center, scale, r)
+    kernel = ops.depthwise_kernel(p, statistics.mean.dtype)
+    return ops.apply(x, center, scale, kernel, bias).to(x.dtype), (center, scale, r)
 
 
 class RectifiedNorm(torch.autograd.Function):
@@ -120,13 +121,13 @@ class RectifiedNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, *tensors, kernel, center, scale, r = ctx.saved_tensors
+        x, *tensors, center, scale, r = ctx.saved_tensors
         statistics, p = Statistics(*tensors[:5], *ctx.batch), Parameters(*tensors[5:])
         with F.without_autocast(dy.device.type):
             if torch.is_grad_enabled():
                 grads = _differentiable_backward(ctx, dy, x, statistics, p)
             else:
-                grads = _backward(ctx, dy, x, statistics, p, kernel, center, scale, r)
+                grads = _backward(ctx, dy, x, statistics, p, center, scale, r)
         return None, None, None, grads[0], *[None] * 5, *grads[1:]
 
 
@@ -136,18 +137,19 @@ def _backward(
     x: Tensor,
     statistics: Statistics,
     p: Parameters,
-    kernel: Tensor,
     center: Tensor,
     scale: Tensor,
     r: Tensor | None,
 ) -> list[Tensor | None]:
     size = x.shape[2] * x.shape[3]
     if x.numel() == 0:
+        kernel = F.depthwise_kernel(p.weight, p.neighbor_weight).to(scale.dtype)
         g = s = scale.new_zeros((0, kernel.shape[0], kernel[0].numel()))
         grads = coefficients_backward(g, s, statistics, ctx.form, p, kernel, center, scale, r, size)[2]
         return [torch.zeros_like(x), *grads]
     ops = ctx.ops
-    g, s, kept = ops.tap_sums(dy, x, center, kernel.shape[-1])
+    kernel = ops.depthwise_kernel(p, scale.dtype)
+    g, s, kept = ops.tap_sums(dy, x, center, ctx.form.kernel_size)
     slope, offset, grads = ops.coefficients_backward(g, s, statistics, ctx.form, p, kernel, center, scale, r, size)
     dx = None
     if ctx.needs_input_grad[3]:

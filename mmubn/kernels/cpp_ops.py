@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from mmubn import functional as F
 from mmubn.kernels import autograd, cpp_library
 from mmubn.kernels.autograd import Form, Parameters, Statistics
-from mmubn.kernels.torch_ops import dense, memory_format
+from mmubn.kernels.torch_ops import dense, depthwise_kernel, memory_format
 
 __all__ = [
     'apply',
     'coefficients',
     'coefficients_backward',
+    'depthwise_kernel',
     'input_gradient',
     'instance_means',
     'instance_moments',

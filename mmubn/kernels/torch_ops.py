@@ -15,14 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmubn import functional
 from mmubn.functional import statistics_dtype
-from mmubn.kernels.autograd import coefficients, coefficients_backward
+from mmubn.kernels.autograd import Parameters, coefficients, coefficients_backward
 
 __all__ = [
     'apply',
     'coefficients',
     'coefficients_backward',
     'dense',
+    'depthwise_kernel',
     'input_gradient',
     'instance_moments',
     'memory_format',
@@ -87,6 +89,11 @@ def memory_format(x: Tensor) -> torch.memory_format:
 def dense(x: Tensor) -> Tensor:
     """x, or a copy of it, in NCHW or channels-last order."""
     return x.contiguous(memory_format=memory_format(x))
+
+
+def depthwise_kernel(p: Parameters, dtype: torch.dtype) -> Tensor:
+    """:func:`mmubn.functional.depthwise_kernel`, (C, 1, k, k)."""
+    return functional.depthwise_kernel(p.weight, p.neighbor_weight).to(dtype)
 
 
 def apply(x: Tensor, center: Tensor, scale: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:

@@ -230,11 +230,14 @@ def _store_row(pointers, inside, columns, stride_w, CHANNELS_LAST: tl.constexpr,
 
 
 @jit
-def _load_taps(weight, channel, live, scale, K: tl.constexpr):
+def _load_taps(weight, neighbor_weight, channel, live, scale, K: tl.constexpr):
     """The taps of each plane times its scale, T tensors of (BLOCK_P, 1)."""
     taps = ()
-    for t in tl.static_range(K * K):
-        taps += ((tl.load(weight + channel * (K * K) + t, mask=live, other=0.0) * scale)[:, None],)
+    for t in tl.static_range(K * K // 2):
+        taps += ((tl.load(neighbor_weight + channel * (K * K - 1) + t, mask=live, other=0.0) * scale)[:, None],)
+    taps += ((tl.load(weight + channel, mask=live, other=0.0) * scale)[:, None],)
+    for t in tl.static_range(K * K // 2, K * K - 1):
+        taps += ((tl.load(neighbor_weight + channel * (K * K - 1) + t, mask=live, other=0.0) * scale)[:, None],)
     return taps
 
 
@@ -526,7 +529,7 @@ def _coefficients_kernel(
 
 @jit(do_not_specialize=['samples', 'height', 'column_groups', 'tiles_per_part', 'parts'])
 def _apply_kernel(
-    x, center, scale, weight, bias, y,
+    x, center, scale, weight, neighbor_weight, bias, y,
     samples, channels, height, column_groups, tiles_per_part, parts,
     K: tl.constexpr, CHANNELS_LAST: tl.constexpr, SAMPLE_BIAS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -537,7 +540,9 @@ def _apply_kernel(
     stride_h = width * stride_w
     channel = index % channels
     c = tl.load(center + index, mask=plane_live, other=0.0)[:, None]
-    taps = _load_taps(weight, channel, plane_live, tl.load(scale + index, mask=plane_live, other=0.0), K)
+    taps = _load_taps(
+        weight, neighbor_weight, channel, plane_live, tl.load(scale + index, mask=plane_live, other=0.0), K
+    )
     beta = tl.load(bias + (index if SAMPLE_BIAS else channel), mask=plane_live, other=0.0)[:, None]
 
     end = tl.minimum((part + 1) * tiles_per_part, tl.cdiv(height, ROWS) * column_groups)
@@ -664,8 +669,8 @@ def _merge_tap_sums_kernel(g_parts, s_parts, g, s, size, parts, BLOCK: tl.conste
 
 @jit(do_not_specialize=['samples'])
 def _coefficients_backward_kernel(
-    g, s, a, mean, var, condensed, scale, weight, center_weight, scale_weight, calibrated_bias,
-    slope, offset, d_weight, d_bias, d_center_weight, d_scale_weight, d_scale_bias,
+    g, s, a, mean, var, condensed, scale, weight, neighbor_weight, center_weight, scale_weight, calibrated_bias,
+    slope, offset, d_weight, d_bias, d_neighbor_weight, d_center_weight, d_scale_weight, d_scale_bias,
     samples, channels, pixels, eps,
     KIND: tl.constexpr, T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
@@ -673,9 +678,13 @@ def _coefficients_backward_kernel(
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     live = channel < channels
     tap = tl.arange(0, BLOCK_T)
-    tap_index = channel[:, None] * T + tap[None, :]
-    tap_live = live[:, None] & (tap < T)[None, :]
-    taps = tl.load(weight + tap_index, mask=tap_live, other=0.0)[None, :, :]
+    is_centre = (tap == T // 2)[None, :]
+    taps = tl.where(is_centre, _load_parameter(weight, channel, channels)[:, None], 0.0)
+    if T > 1:
+        neighbor_index = channel[:, None] * (T - 1) + tl.where(tap < T // 2, tap, tap - 1)[None, :]
+        is_neighbor = live[:, None] & (tap < T)[None, :] & (tap != T // 2)[None, :]
+        taps += tl.load(neighbor_weight + neighbor_index, mask=is_neighbor, other=0.0)
+    taps = taps[None, :, :]
     mu = _load_parameter(mean, channel, channels)[None, :]
     rstd = tl.rsqrt(_load_parameter(var, channel, channels) + eps)[None, :]
     w_m = tl.zeros([1, BLOCK_C], tl.float32)
@@ -705,7 +714,7 @@ def _coefficients_backward_kernel(
         d_center = -scale_n * tl.sum(taps * s_n, axis=2)
         d_r = d_scale * rstd
         d_rstd = d_scale * r
-        d_bias_n = tl.sum(tl.where((tap == T // 2)[None, None, :], s_n, 0.0), axis=2)
+        d_bias_n = tl.sum(tl.where(is_centre[None, :, :], s_n, 0.0), axis=2)
         if calibrated_bias is not None:
             d_r += d_bias_n * _load_parameter(calibrated_bias, channel, channels)[None, :]
             d_bias_n *= r
@@ -760,7 +769,9 @@ def _coefficients_backward_kernel(
         tl.store(offset + row, d_a + (1 + w_m) * d_m / pixels, mask=inside)
         tl.store(slope + row, tl.zeros_like(a_n) + 2 * sum_var / pixels, mask=inside)
 
-    tl.store(d_weight + tap_index, sum_weight, mask=tap_live)
+    tl.store(d_weight + channel, tl.sum(tl.where(is_centre, sum_weight, 0.0), axis=1), mask=live)
+    if T > 1:
+        tl.store(d_neighbor_weight + neighbor_index, sum_weight, mask=is_neighbor)
     tl.store(d_bias + channel, sum_bias, mask=live)
     if center_weight is not None:
         tl.store(d_center_weight + channel, sum_w_m, mask=live)
@@ -771,7 +782,7 @@ def _coefficients_backward_kernel(
 
 @jit(do_not_specialize=['samples', 'height', 'column_groups', 'tiles_per_part', 'parts'])
 def _input_gradient_kernel(
-    dy, x, a, scale, weight, slope, offset, dx,
+    dy, x, a, scale, weight, neighbor_weight, slope, offset, dx,
     samples, channels, height, column_groups, tiles_per_part, parts,
     K: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -783,7 +794,8 @@ def _input_gradient_kernel(
     mean = tl.load(a + index, mask=plane_live, other=0.0)[:, None]
     slope_n = tl.load(slope + index, mask=plane_live, other=0.0)[:, None]
     offset_n = tl.load(offset + index, mask=plane_live, other=0.0)[:, None]
-    taps = _load_taps(weight, index % channels, plane_live, tl.load(scale + index, mask=plane_live, other=0.0), K)
+    scale_n = tl.load(scale + index, mask=plane_live, other=0.0)
+    taps = _load_taps(weight, neighbor_weight, index % channels, plane_live, scale_n, K)
 
     end = tl.minimum((part + 1) * tiles_per_part, tl.cdiv(height, ROWS) * column_groups)
     for start in range(part * tiles_per_part, end, BLOCK_Q):
@@ -898,6 +910,9 @@ def _float32(value: Tensor | None, name: str, device: torch.device, *shape: int)
         _fail(f'{name} must have shape {shape}, got {tuple(value.shape)}.')
     if value.device != device:
         _fail(f'{name} must be on {device}, got {value.device}.')
+    # Mostly there is nothing to do, and two calls that do nothing are a third of this function's time.
+    if value.dtype is torch.float32 and value.is_contiguous():
+        return value
     return value.float().contiguous()
 
 
@@ -923,11 +938,11 @@ def _number(value: float, name: str) -> float:
     return float(value)
 
 
-def _kernel_size(weight: Tensor) -> int:
-    size = math.isqrt(weight.shape[-1])
-    if weight.dim() != 2 or size * size != weight.shape[1]:
-        _fail(f'weight must be (C, k*k), got {tuple(weight.shape)}.')
-    return size
+def _kernel_size(neighbor_weight: Tensor | None) -> int:
+    taps = 1 if neighbor_weight is None else neighbor_weight.shape[-1] + 1
+    if taps > 1 and (neighbor_weight.dim() != 2 or math.isqrt(taps) ** 2 != taps):
+        _fail(f'neighbor_weight must be (C, k*k - 1), got {tuple(neighbor_weight.shape)}.')
+    return math.isqrt(taps)
 
 
 def _power(value: int) -> int:
@@ -1271,7 +1286,9 @@ def _coefficients(
     return tuple(outputs)
 
 
-def apply(x: Tensor, center: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def apply(
+    x: Tensor, center: Tensor, scale: Tensor, weight: Tensor, neighbor_weight: Tensor | None, bias: Tensor
+) -> Tensor:
     """The normalisation and the affine step: ``y(p) = sum_t weight_t z(p + t) + bias``, ``z = (x - center) * scale``.
 
     z is 0 outside the map.
@@ -1280,25 +1297,28 @@ def apply(x: Tensor, center: Tensor, scale: Tensor, weight: Tensor, bias: Tensor
         x: Input, (N, C, H, W).
         center: (N, C).
         scale: (N, C).
-        weight: (C, T).
+        weight: The centre tap, (C,).
+        neighbor_weight: The other taps, row by row, (C, T - 1). None for k = 1.
         bias: (C,), or (N, C).
 
     Returns:
         y, in the shape, dtype and memory format of x.
     """
-    k = _kernel_size(weight)
+    k = _kernel_size(neighbor_weight)
     x = _input(x, k)
     samples, channels = x.shape[:2]
     center = _float32(center, 'center', x.device, samples, channels)
     scale = _float32(scale, 'scale', x.device, samples, channels)
-    weight = _float32(weight, 'weight', x.device, channels, k * k)
+    weight = _float32(weight, 'weight', x.device, channels)
+    neighbor_weight = _float32(neighbor_weight, 'neighbor_weight', x.device, channels, k * k - 1)
     sample_bias = bias.dim() == 2
     bias = _float32(bias, 'bias', x.device, *((samples, channels) if sample_bias else (channels,)))
     y = torch.empty_like(x)
     tiling = _tiling(x, k, MAP_PROGRAMS)
     _launch(
         _apply_kernel, tiling.programs, x.device,
-        x, center, scale, weight, bias, y, *tiling.arguments, SAMPLE_BIAS=sample_bias, **tiling.constants,
+        x, center, scale, weight, neighbor_weight, bias, y, *tiling.arguments,
+        SAMPLE_BIAS=sample_bias, **tiling.constants,
     )  # fmt: skip
     return y
 
@@ -1349,12 +1369,13 @@ def coefficients_backward(
     condensed: Tensor | None,
     scale: Tensor,
     weight: Tensor,
+    neighbor_weight: Tensor | None,
     center_weight: Tensor | None,
     scale_weight: Tensor | None,
     calibrated_bias: Tensor | None,
     kind: str | None,
     pixels: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the parameters, and the coefficients of :func:`input_gradient`, from :func:`tap_sums`.
 
     Args:
@@ -1366,7 +1387,8 @@ def coefficients_backward(
         eps: Added to it.
         condensed: Whether mu and var were the batch's and so depend on x: 0-d bool. None for False.
         scale: (N, C), of the forward.
-        weight: (C, T).
+        weight: The centre tap, (C,).
+        neighbor_weight: The other taps, (C, T - 1), or None.
         center_weight: w_m, (C,), or None.
         scale_weight: w_v, (C,), or None.
         calibrated_bias: beta, (C,), where the bias was ``r beta``; None where it was beta.
@@ -1374,8 +1396,9 @@ def coefficients_backward(
         pixels: H * W.
 
     Returns:
-        ``(slope, offset, d_weight, d_bias, d_center_weight, d_scale_weight, d_scale_bias)``: slope and offset (N, C),
-        d_weight (C, T), the others (C,), and (0,) the gradients of parameters that are None; float32.
+        ``(slope, offset, d_weight, d_bias, d_neighbor_weight, d_center_weight, d_scale_weight, d_scale_bias)``: slope
+        and offset (N, C), d_neighbor_weight (C, T - 1), the others (C,), and (0,) the gradients of parameters that are
+        None; float32.
     """
     _check_device(g.device)
     if g.dim() != 3 or g.numel() == 0:
@@ -1387,47 +1410,51 @@ def coefficients_backward(
     s = _float32(s, 's', device, samples, channels, taps)
     a = _float32(a, 'a', device, samples, channels)
     scale = _float32(scale, 'scale', device, samples, channels)
-    weight = _float32(weight, 'weight', device, channels, taps)
-    mean, var, center_weight, scale_weight, calibrated_bias = (
+    neighbor_weight = _float32(neighbor_weight, 'neighbor_weight', device, channels, taps - 1)
+    mean, var, weight, center_weight, scale_weight, calibrated_bias = (
         _float32(value, name, device, channels)
         for name, value in (
             ('mean', mean),
             ('var', var),
+            ('weight', weight),
             ('center_weight', center_weight),
             ('scale_weight', scale_weight),
             ('calibrated_bias', calibrated_bias),
         )
     )
     condensed = _condensed(condensed, device)
-    outputs = _empty_gradients(a, taps, center_weight, scale_weight)
+    outputs = _empty_gradients(a, neighbor_weight, center_weight, scale_weight)
     block_c = min(_power(channels), 8)
     block_t = _power(taps)
     block_n = min(_power(samples), 64, 4096 // (block_c * block_t))
     _launch(
         _coefficients_backward_kernel, _ceil(channels, block_c), device,
-        g, s, a, mean, var, condensed, scale, weight, center_weight, scale_weight, calibrated_bias, *outputs,
+        g, s, a, mean, var, condensed, scale, weight, neighbor_weight, center_weight, scale_weight, calibrated_bias,
+        *outputs,
         samples, channels, float(pixels), _number(eps, 'eps'),
         KIND=kind_code, T=taps, BLOCK_N=block_n, BLOCK_C=block_c, BLOCK_T=block_t, num_warps=8,
     )  # fmt: skip
     return outputs
 
 
-def _empty_gradients(a: Tensor, taps: int, center_weight: Tensor | None, scale_weight: Tensor | None):
+def _empty_gradients(
+    a: Tensor, neighbor_weight: Tensor | None, center_weight: Tensor | None, scale_weight: Tensor | None
+) -> tuple[Tensor, ...]:
     channels = a.shape[1]
-    shapes = [
-        a.shape,
-        a.shape,
-        (channels, taps),
-        channels,
-        channels if center_weight is not None else 0,
-        channels if scale_weight is not None else 0,
-        channels if scale_weight is not None else 0,
-    ]
+    shapes = [a.shape, a.shape, (channels,), (channels,), (0,) if neighbor_weight is None else neighbor_weight.shape]
+    shapes += [(0,) if value is None else (channels,) for value in (center_weight, scale_weight, scale_weight)]
     return tuple(a.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 def input_gradient(
-    dy: Tensor, x: Tensor, a: Tensor, scale: Tensor, weight: Tensor, slope: Tensor, offset: Tensor
+    dy: Tensor,
+    x: Tensor,
+    a: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    neighbor_weight: Tensor | None,
+    slope: Tensor,
+    offset: Tensor,
 ) -> Tensor:
     """``dx(p) = scale sum_t weight_t dy(p - t) + slope (x(p) - a) + offset``, dy being 0 outside the map.
 
@@ -1436,14 +1463,15 @@ def input_gradient(
         x: Input, (N, C, H, W).
         a: Instance means, (N, C).
         scale: (N, C).
-        weight: (C, T).
+        weight: The centre tap, (C,).
+        neighbor_weight: The other taps, row by row, (C, T - 1). None for k = 1.
         slope: (N, C).
         offset: (N, C).
 
     Returns:
         dx, in the shape, dtype and memory format of x.
     """
-    k = _kernel_size(weight)
+    k = _kernel_size(neighbor_weight)
     x = _input(x, k)
     dy = _beside(dy, x)
     samples, channels = x.shape[:2]
@@ -1451,12 +1479,13 @@ def input_gradient(
         _float32(value, name, x.device, samples, channels)
         for name, value in (('a', a), ('scale', scale), ('slope', slope), ('offset', offset))
     )
-    weight = _float32(weight, 'weight', x.device, channels, k * k)
+    weight = _float32(weight, 'weight', x.device, channels)
+    neighbor_weight = _float32(neighbor_weight, 'neighbor_weight', x.device, channels, k * k - 1)
     dx = torch.empty_like(x)
     tiling = _tiling(x, k, MAP_PROGRAMS)
     _launch(
         _input_gradient_kernel, tiling.programs, x.device,
-        dy, x, a, scale, weight, slope, offset, dx, *tiling.arguments, **tiling.constants,
+        dy, x, a, scale, weight, neighbor_weight, slope, offset, dx, *tiling.arguments, **tiling.constants,
     )  # fmt: skip
     return dx
 
@@ -1514,8 +1543,8 @@ _OPERATORS = (
     ),
     (
         apply,
-        '(Tensor x, Tensor center, Tensor scale, Tensor weight, Tensor bias) -> Tensor',
-        lambda x, center, scale, weight, bias: torch.empty_like(_dense(x)),
+        '(Tensor x, Tensor center, Tensor scale, Tensor weight, Tensor? neighbor_weight, Tensor bias) -> Tensor',
+        lambda x, *_: torch.empty_like(_dense(x)),
     ),
     (
         tap_sums,
@@ -1525,16 +1554,15 @@ _OPERATORS = (
     (
         coefficients_backward,
         '(Tensor g, Tensor s, Tensor a, Tensor mean, Tensor var, float eps, Tensor? condensed, Tensor scale,'
-        ' Tensor weight, Tensor? center_weight, Tensor? scale_weight, Tensor? calibrated_bias, str? kind,'
-        ' SymInt pixels)'
-        ' -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
-        lambda g, s, a, mean, var, eps, condensed, scale, weight, center_weight, scale_weight, *_: _empty_gradients(
-            a, g.shape[2], center_weight, scale_weight
-        ),
+        ' Tensor weight, Tensor? neighbor_weight, Tensor? center_weight, Tensor? scale_weight,'
+        ' Tensor? calibrated_bias, str? kind, SymInt pixels)'
+        ' -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
+        lambda g, s, a, mean, var, eps, condensed, scale, weight, *others: _empty_gradients(a, *others[:3]),
     ),
     (
         input_gradient,
-        '(Tensor dy, Tensor x, Tensor a, Tensor scale, Tensor weight, Tensor slope, Tensor offset) -> Tensor',
+        '(Tensor dy, Tensor x, Tensor a, Tensor scale, Tensor weight, Tensor? neighbor_weight, Tensor slope,'
+        ' Tensor offset) -> Tensor',
         lambda dy, x, *_: torch.empty_like(_dense(x)),
     ),
 )

@@ -11,13 +11,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mmubn.kernels import autograd, triton_kernels
+from mmubn.kernels import autograd, torch_ops, triton_kernels
 from mmubn.kernels.autograd import Form, Gate, Parameters, Statistics
 
 __all__ = [
     'apply',
     'coefficients',
     'coefficients_backward',
+    'depthwise_kernel',
     'gated_statistics',
     'input_gradient',
     'instance_means',
@@ -26,6 +27,9 @@ __all__ = [
     'statistics',
     'tap_sums',
 ]
+
+
+Taps = tuple[Tensor, Tensor | None]  # weight and neighbor_weight
 
 
 def _kernels() -> ModuleType:
@@ -111,15 +115,19 @@ def coefficients(s: Statistics, form: Form, p: Parameters, size: int) -> tuple[T
     return center, scale, r
 
 
-def apply(x: Tensor, center: Tensor, scale: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+def depthwise_kernel(p: Parameters, dtype: torch.dtype) -> Taps:
+    """The kernel as the parameters have it."""
+    return p.weight, p.neighbor_weight
+
+
+def apply(x: Tensor, center: Tensor, scale: Tensor, kernel: Taps, bias: Tensor) -> Tensor:
     """``y = depthwise_conv((x - center) * scale; kernel) + bias``."""
-    shape = x.shape[:2]
-    return _kernels().apply(x, center.expand(shape), scale.expand(shape), kernel.flatten(1), bias)
+    return _kernels().apply(x, _rows(center, x), _rows(scale, x), *kernel, bias)
 
 
 def tap_sums(dy: Tensor, x: Tensor, center: Tensor, size: int) -> tuple[Tensor, Tensor, None]:
     """:func:`mmubn.kernels.torch_ops.tap_sums`; nothing is kept."""
-    return *_kernels().tap_sums(x, dy, center.expand(x.shape[:2]), size), None
+    return *_kernels().tap_sums(x, dy, _rows(center, x), size), None
 
 
 def coefficients_backward(
@@ -128,7 +136,7 @@ def coefficients_backward(
     statistics: Statistics,
     form: Form,
     p: Parameters,
-    kernel: Tensor,
+    kernel: Taps,
     center: Tensor,
     scale: Tensor,
     r: Tensor | None,
@@ -136,8 +144,9 @@ def coefficients_backward(
 ) -> tuple[Tensor | None, Tensor | None, Parameters]:
     """:func:`mmubn.kernels.autograd.coefficients_backward`."""
     if form.scaling == 'unitized' or statistics.a is None or statistics.synchronized:
+        kernel = torch_ops.depthwise_kernel(p, scale.dtype)
         return autograd.coefficients_backward(g, s, statistics, form, p, kernel, center, scale, r, size)
-    slope, offset, d_taps, *d_others = _kernels().coefficients_backward(
+    slope, offset, *gradients = _kernels().coefficients_backward(
         g,
         s,
         statistics.a,
@@ -145,15 +154,15 @@ def coefficients_backward(
         statistics.var,
         form.eps,
         statistics.condensed,
-        scale.expand(statistics.a.shape),
-        kernel.flatten(1),
+        scale,
+        *kernel,
         p.center_weight,
         p.scale_weight,
         p.bias if form.calibrate_bias else None,
         form.scaling,
         size,
     )
-    return slope, offset, autograd.gradients(p, d_taps, *d_others)
+    return slope, offset, Parameters(*(None if old is None else new for old, new in zip(p, gradients, strict=True)))
 
 
 def input_gradient(
@@ -163,12 +172,16 @@ def input_gradient(
     a: Tensor | None,
     center: Tensor,
     scale: Tensor,
-    kernel: Tensor,
+    kernel: Taps,
     slope: Tensor | None,
     offset: Tensor | None,
 ) -> Tensor:
     """``scale depthwise_conv(dy; kernel turned by half a turn) + slope (x - a) + offset``; None is 0."""
+    a, slope, offset = (scale.new_zeros(x.shape[:2]) if value is None else value for value in (a, slope, offset))
+    return _kernels().input_gradient(dy, x, a, _rows(scale, x), *kernel, slope, offset)
+
+
+def _rows(value: Tensor, x: Tensor) -> Tensor:
+    """(C,) or (1, C) as (N, C)."""
     shape = x.shape[:2]
-    zero = scale.new_zeros(shape)
-    a, slope, offset = (zero if value is None else value for value in (a, slope, offset))
-    return _kernels().input_gradient(dy, x, a, scale.expand(shape), kernel.flatten(1), slope, offset)
+    return value if value.shape == shape else value.expand(shape)

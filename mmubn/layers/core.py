@@ -140,7 +140,7 @@ class UnifiedNorm(_BatchNorm):
     def _forward(self, x: Tensor) -> Tensor:
         backend = kernels.choose_backend(x, self.kernel_size)
         is_differentiated = torch.is_grad_enabled()
-        form = Form(self._eps, self.scaling, self.calibrate_bias)
+        form = Form(self._eps, self.scaling, self.calibrate_bias, self.kernel_size)
         parameters = Parameters(
             self.weight, self.bias, self.neighbor_weight, self.center_weight, self.scale_weight, self.scale_bias
         )

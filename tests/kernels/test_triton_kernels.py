@@ -86,7 +86,7 @@ def run_layer(shape, layout, dtype, k, kind='rectified', centering=True, calibra
     format = torch.channels_last if layout == 'channels_last' else torch.contiguous_format
     x = torch.empty(shape, dtype=dtype, device='meta').to(memory_format=format)
     vector = torch.empty(c, device='meta')
-    weight = torch.empty(c, k * k, device='meta')
+    taps = vector, torch.empty(c, k * k - 1, device='meta') if k > 1 else None
     tau = torch.empty((), device='meta')
     rectification = (vector if centering else None, *(vector if kind else None,) * 2, kind)
 
@@ -96,13 +96,13 @@ def run_layer(shape, layout, dtype, k, kind='rectified', centering=True, calibra
     statistics = (vector, vector, n * h * w, 1e-5, 0.1, *rectification)
     center, scale, mean, var, *_, condensed = kernels.gated_coefficients(x, a, v, 16, tau, 0.1, threshold, *statistics)
     kernels.statistics_coefficients(a, v, *statistics[:2], condensed, *statistics[2:])
-    kernels.apply(x, center, scale, weight, scale if calibrate else vector)
+    kernels.apply(x, center, scale, *taps, scale if calibrate else vector)
     g, s = kernels.tap_sums(x, x, center, k)
     slope, offset, *_ = kernels.coefficients_backward(
-        *(g, s, a, mean, var, 1e-5, condensed, scale, weight, *rectification[:2]),
+        *(g, s, a, mean, var, 1e-5, condensed, scale, *taps, *rectification[:2]),
         *(vector if calibrate else None, kind, h * w),
     )
-    kernels.input_gradient(x, x, a, scale, weight, slope, offset)
+    kernels.input_gradient(x, x, a, scale, *taps, slope, offset)
 
 
 def source_of(kernel, arguments, constants):

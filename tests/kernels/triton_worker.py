@@ -177,14 +177,20 @@ def layer(x, dy, parameters, running, options, threshold, max_samples, ops=kerne
     center, scale, mean, var, out['running_mean'], out['running_var'] = outputs
     out['var'], out['condensed'] = var, condensed
     bias = scale * (var + EPS).sqrt() * p['bias'] if calibrate else p['bias']
-    out['y'] = ops.apply(x, center, scale, p['weight'], bias)
+    centre = k * k // 2
+    taps = p['weight'][:, centre], torch.cat([p['weight'][:, :centre], p['weight'][:, centre + 1 :]], dim=1)
+    taps = taps if k > 1 else (taps[0], None)
+    out['y'] = ops.apply(x, center, scale, *taps, bias)
     g, s = ops.tap_sums(x, dy, center, k)
     slope, offset, *gradients = ops.coefficients_backward(
-        g, s, a, mean, var, EPS, condensed, scale, p['weight'], p['center_weight'], p['scale_weight'],
+        g, s, a, mean, var, EPS, condensed, scale, *taps, p['center_weight'], p['scale_weight'],
         p['bias'] if calibrate else None, kind, h * w,
     )  # fmt: skip
-    out |= {f'd_{name}': gradient for name, gradient in zip(NAMES, gradients, strict=False)}
-    out['d_x'] = ops.input_gradient(dy, x, a, scale, p['weight'], slope, offset)
+    d_weight, d_bias, d_neighbors, *d_others = gradients
+    d_neighbors = d_neighbors.view(len(d_weight), -1)
+    d_taps = torch.cat([d_neighbors[:, :centre], d_weight[:, None], d_neighbors[:, centre:]], dim=1)
+    out |= {f'd_{name}': gradient for name, gradient in zip(NAMES, (d_taps, d_bias, *d_others), strict=True)}
+    out['d_x'] = ops.input_gradient(dy, x, a, scale, *taps, slope, offset)
     return out
 
 
@@ -428,15 +434,16 @@ def _():
 def _():
     x, dy, p, _, _ = make_case((2, 4, 5, 6), 'nchw', torch.float32, 3, None, False, False)
     ones = torch.ones(2, 4)
-    arguments = (ones, ones, p['weight'], p['bias'])
+    arguments = (ones, ones, p['bias'], p['weight'][:, 1:], p['bias'])
     for call, words in (
         (lambda: kernels.apply(x.double(), *arguments), 'float64'),
         (lambda: kernels.apply(x[0], *arguments), '3 dimensions'),
         (lambda: kernels.apply(x[:0], *arguments), 'elements'),
         (lambda: kernels.apply(x, ones[:1], *arguments[1:]), 'center'),
-        (lambda: kernels.apply(x, *arguments[:2], torch.ones(4, 16), p['bias']), 'kernel sizes'),
-        (lambda: kernels.apply(x, *arguments[:2], torch.ones(4, 8), p['bias']), 'k*k'),
-        (lambda: kernels.apply(x, *arguments[:3], p['bias'][:3]), 'bias'),
+        (lambda: kernels.apply(x, *arguments[:3], torch.ones(4, 15), p['bias']), 'kernel sizes'),
+        (lambda: kernels.apply(x, *arguments[:3], torch.ones(4, 9), p['bias']), 'k*k - 1'),
+        (lambda: kernels.apply(x, *arguments[:3], torch.ones(3, 8), p['bias']), 'neighbor_weight'),
+        (lambda: kernels.apply(x, *arguments[:4], p['bias'][:3]), 'bias'),
         (lambda: kernels.apply(x, ones.to('meta'), *arguments[1:]), 'on cpu'),
         (lambda: kernels.tap_sums(x, dy.half(), ones, 3), 'dtype'),
         (lambda: kernels.tap_sums(x, dy[:1], ones, 3), 'shape'),
