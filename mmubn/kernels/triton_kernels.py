@@ -531,7 +531,7 @@ def _coefficients_kernel(
 def _apply_kernel(
     x, center, scale, weight, neighbor_weight, bias, y,
     samples, channels, height, column_groups, tiles_per_part, parts,
-    K: tl.constexpr, CHANNELS_LAST: tl.constexpr, SAMPLE_BIAS: tl.constexpr,
+    SAMPLE_BIAS: tl.constexpr, K: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     width = column_groups * COLUMNS
@@ -954,12 +954,35 @@ def _ceil(value: int, divisor: int) -> int:
     return -(-value // divisor)
 
 
+# What Triton compiled for arguments seen before; emptied when it has grown to this many.
+_launched: dict[tuple, object] = {}
+MOST_LAUNCHED = 2**14
+
+
 def _launch(kernel, programs: int, device: torch.device, *arguments, num_warps: int = 4, **constants) -> None:
-    if device.type == 'cuda' and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[(programs,)](*arguments, num_warps=num_warps, **constants)
-    else:
+    """Launches ``kernel``, whose parameters are ``arguments`` and then ``constants``, in their order.
+
+    For arguments as in an earlier launch (the same numbers, tensors of the same dtype and alignment) it takes what
+    Triton compiled then: to let Triton find it again takes the host longer than a small map takes the device.
+    """
+    if device.type != 'cuda':
+        # the interpreter
         kernel[(programs,)](*arguments, num_warps=num_warps, **constants)
+        return
+    index = torch.cuda.current_device()
+    if device.index != index:
+        with torch.cuda.device(device):
+            _launch(kernel, programs, device, *arguments, num_warps=num_warps, **constants)
+        return
+    traits = [(v.dtype, v.data_ptr() % 16 == 0) if isinstance(v, Tensor) else v for v in arguments]
+    key = (kernel.fn, index, num_warps, *constants.values(), *traits)
+    compiled = _launched.get(key)
+    if compiled is not None:
+        compiled[(programs, 1, 1)](*arguments, *constants.values())
+        return
+    if len(_launched) >= MOST_LAUNCHED:
+        _launched.clear()
+    _launched[key] = kernel[(programs,)](*arguments, num_warps=num_warps, **constants)
 
 
 class _Tiling:

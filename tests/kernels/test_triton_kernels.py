@@ -5,11 +5,13 @@ Needs no GPU. The checks of numbers are in ``triton_worker.py``.
 
 import ast
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,6 +199,99 @@ def test_launches_per_pass(launches):
         'apply',
         *('tap_sums', 'merge_tap_sums', 'coefficients_backward', 'input_gradient'),
     ]
+
+
+# Launching: a GPU driver that compiles and launches nothing shows what would be launched.
+
+
+class Driver:
+    """What Triton asks of a driver; ``launched`` are the functions and arguments that a GPU would be given."""
+
+    def __init__(self):
+        self.launched, self.loaded = [], itertools.count()
+        self.utils = SimpleNamespace(
+            load_binary=lambda *_: ('module', next(self.loaded), 32, 0, 1024),
+            get_device_properties=lambda _: {'max_shared_mem': 2**17},
+        )
+
+    def launcher_cls(self, source, metadata):
+        return lambda *arguments: self.launched.append((arguments[4], *arguments[:3], arguments[9:]))
+
+    def get_current_target(self):
+        return GPUTarget('cuda', 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    driver, launch = Driver(), kernels._launch
+    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
+    monkeypatch.setattr(kernels, '_lacking', lambda device: None)
+    monkeypatch.setattr(kernels, '_launched', {})
+
+    def launch_on_gpu(kernel, programs, device, *arguments, **constants):
+        launch(kernel, programs, torch.device('cuda', 0), *arguments, **constants)
+
+    monkeypatch.setattr(kernels, '_launch', launch_on_gpu)
+    before = dict(vars(triton.runtime.driver))
+    triton.runtime.driver.set_active(driver)
+    yield driver
+    vars(triton.runtime.driver).update(before)
+
+
+def test_a_launch_like_an_earlier_one_is_the_same(gpu):
+    """What Triton compiled is launched again with the arguments that Triton itself would give it."""
+    x, vector = torch.randn(2, 3, 4, 4), torch.randn(3)
+    rows = vector.expand(2, 3).contiguous()
+
+    def launches(x, bias):
+        start = len(gpu.launched)
+        kernels.apply(x, rows, rows, vector, None, bias)
+        a, v = kernels.instance_moments(x)
+        kernels.similarity_sums(x, a, v, 16)
+        return gpu.launched[start:]
+
+    first, again = launches(x, vector), launches(x, vector)
+    assert len(kernels._launched) == len(first) == 4
+    for (function, *grid, arguments), (same, *same_grid, same_arguments) in zip(first, again, strict=True):
+        assert (function, grid) == (same, same_grid)
+        # outputs are new tensors
+        assert len(arguments) == len(same_arguments)
+        for old, new in zip(arguments, same_arguments, strict=True):
+            assert type(old) is type(new)
+            assert old.shape == new.shape if isinstance(old, torch.Tensor) else old == new
+
+    # Another alignment, dtype or number is another launch: Triton compiles for these.
+    apart = torch.randn(97)[1:].view(2, 3, 4, 4)
+    assert apart.data_ptr() % 16
+    for other, bias in ((apart, vector), (x.half(), vector), (torch.randn(1, 3, 4, 4), vector), (x, rows)):
+        known = len(kernels._launched)
+        if other.shape[0] == 2:
+            apply = launches(other, bias)[0]
+            assert apply[0] != first[0][0]
+        else:
+            kernels.instance_moments(other)
+        assert len(kernels._launched) > known
+
+
+def test_what_was_launched_is_forgotten_in_time(gpu, monkeypatch):
+    monkeypatch.setattr(kernels, 'MOST_LAUNCHED', 2)
+    for pixels in range(1, 6):
+        kernels.instance_moments(torch.randn(1, 1, 1, pixels))
+        assert len(kernels._launched) <= 2
+
+
+def test_constants_come_in_the_order_of_the_kernel(launches):
+    for arguments in LAYERS.values():
+        run_layer(*arguments)
+    for kernel, _, arguments, constants, _ in launches:
+        assert kernel.arg_names[len(arguments) :] == list(constants), kernel.fn.__name__
 
 
 def test_import_without_triton():
