@@ -72,8 +72,8 @@ KINDS = {None: 0, 'rectified': 1, 'instance': 2}
 
 # Programs to aim at: some for each of the about 130 multiprocessors that a large GPU has. A reduction pays for more
 # programs with more partial results to write and read; a map does not, and gains a shorter tail.
-REDUCTION_PROGRAMS = 2048
-MAP_PROGRAMS = 4096
+REDUCTION_PROGRAMS = 1024
+MAP_PROGRAMS = 2048
 # Partial sums of the similarity: as many as one program adds up in one go.
 SIMILARITY_PARTS = 1024
 
@@ -962,8 +962,9 @@ MOST_LAUNCHED = 2**14
 def _launch(kernel, programs: int, device: torch.device, *arguments, num_warps: int = 4, **constants) -> None:
     """Launches ``kernel``, whose parameters are ``arguments`` and then ``constants``, in their order.
 
-    For arguments as in an earlier launch (the same numbers, tensors of the same dtype and alignment) it takes what
-    Triton compiled then: to let Triton find it again takes the host longer than a small map takes the device.
+    For arguments as in an earlier launch (the same numbers, tensors of the same alignment, the first of the same dtype:
+    the others have that, or float32) it takes what Triton compiled then: to let Triton find it again takes the host
+    longer than a small map takes the device.
     """
     if device.type != 'cuda':
         # the interpreter
@@ -974,8 +975,8 @@ def _launch(kernel, programs: int, device: torch.device, *arguments, num_warps: 
         with torch.cuda.device(device):
             _launch(kernel, programs, device, *arguments, num_warps=num_warps, **constants)
         return
-    traits = [(v.dtype, v.data_ptr() % 16 == 0) if isinstance(v, Tensor) else v for v in arguments]
-    key = (kernel.fn, index, num_warps, *constants.values(), *traits)
+    traits = [value.data_ptr() % 16 if isinstance(value, Tensor) else value for value in arguments]
+    key = (kernel.fn, index, arguments[0].dtype, num_warps, *constants.values(), *traits)
     compiled = _launched.get(key)
     if compiled is not None:
         compiled[(programs, 1, 1)](*arguments, *constants.values())
