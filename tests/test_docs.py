@@ -180,6 +180,7 @@ READS_AND_WRITES = {
     'tools/model_converters/convert_norm.py': ('src', 'dst'),
     'tools/analysis_tools/benchmark_norm.py': ('', 'out'),
     'tools/analysis_tools/compare_norms.py': ('sweeps_file', 'work_dir'),
+    'tools/analysis_tools/inspect_kernels.py': ('', ''),
     'tools/analysis_tools/make_report.py': ('work_dir', 'out'),
     'tools/analysis_tools/plot_condensation.py': ('runs', 'out'),
     'tools/analysis_tools/plot_curves.py': ('runs', 'out'),

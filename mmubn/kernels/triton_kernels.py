@@ -1007,7 +1007,8 @@ class _Tiling:
         else:
             columns = math.gcd(width, 16 // bytes_each if k <= 3 else 4 if k == 5 else 2)
             vector = 1
-        rows = min(8 if k <= 3 else 4, 32 // columns)
+        # Triton compiles larger tiles in NCHW slowly.
+        rows = min(8 if k <= 3 else 4, (49 if channels_last else 32) // columns)
         # A tail costs more than a tile a little lower.
         rows = next((r for r in range(rows, rows // 2, -1) if height % r == 0), min(rows, height))
 

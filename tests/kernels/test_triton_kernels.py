@@ -19,20 +19,22 @@ import torch
 triton = pytest.importorskip('triton')
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 
 from mmubn.kernels import triton_kernels as kernels  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name('triton_worker.py')
-TYPES = {torch.float32: 'fp32', torch.float16: 'fp16', torch.bfloat16: 'bf16', torch.bool: 'i1'}
 
 
-def _load_worker():
-    spec = importlib.util.spec_from_file_location('triton_worker', WORKER)
-    module = importlib.util.module_from_spec(spec)
+def _load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+inspect_kernels = _load(ROOT / 'tools' / 'analysis_tools' / 'inspect_kernels.py')
+worker = _load(WORKER)
 
 
 @pytest.fixture(scope='session')
@@ -45,7 +47,7 @@ def report():
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize('name', _load_worker().CHECKS)
+@pytest.mark.parametrize('name', worker.CHECKS)
 def test_numbers(report, name):
     assert report[name] is None, report[name]
 
@@ -53,7 +55,7 @@ def test_numbers(report, name):
 def test_cases_of_the_numbers_reach_every_tile():
     """Among the layers computed above is one for every number of columns that a lane may have, and tails."""
     tiles = set()
-    for (shape, layout, dtype, k, *_), _, _ in _load_worker().layer_cases():
+    for (shape, layout, dtype, k, *_), _, _ in worker.layer_cases():
         constants = kernels._Tiling(torch.Size(shape), layout == 'channels_last', dtype.itemsize, k, 1).constants
         tiles.add((layout, k, constants['COLUMNS']))
         tiles.add((layout, k, 'a tail' if constants['TAIL'] else 'none'))
@@ -76,7 +78,7 @@ def launches(monkeypatch):
     recorded = []
 
     def record(kernel, programs, device, *arguments, num_warps=4, **constants):
-        recorded.append((kernel, programs, arguments, constants, num_warps))
+        recorded.append(inspect_kernels.Launch(kernel, programs, arguments, constants, num_warps))
 
     monkeypatch.setattr(kernels, '_launch', record)
     monkeypatch.setattr(kernels, '_lacking', lambda device: None)
@@ -107,28 +109,10 @@ def run_layer(shape, layout, dtype, k, kind='rectified', centering=True, calibra
     kernels.input_gradient(x, x, a, scale, *taps, slope, offset)
 
 
-def source_of(kernel, arguments, constants):
-    """The source, specialised as a launch specialises it: to None, to 1, and to what 16 divides."""
-    signature, fixed, attributes = {}, dict(constants), {}
-    for i, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
-        specialised = name not in (kernel.do_not_specialize or ())
-        if value is None or (isinstance(value, int) and value == 1 and specialised):
-            fixed[name] = value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[name] = f'*{TYPES[value.dtype]}'
-        else:
-            signature[name] = 'fp32' if isinstance(value, float) else 'i32' if value < 2**31 else 'i64'
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0 and specialised):
-            attributes[(i,)] = [['tt.divisibility', 16]]
-    signature |= dict.fromkeys(fixed, 'constexpr')
-    return ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, fixed, attributes)
-
-
 LAYERS = {
     # a large map in both layouts and all dtypes, as in the first stage of a ResNet
     **{
-        f'{layout} {TYPES[dtype]}': ((8, 64, 56, 56), layout, dtype, 3)
+        f'{layout} {inspect_kernels.POINTERS[dtype]}': ((8, 64, 56, 56), layout, dtype, 3)
         for layout in ('nchw', 'channels_last')
         for dtype in kernels.DTYPES
     },
@@ -155,14 +139,14 @@ def test_compiles(launches, name, architecture, tmp_path, monkeypatch):
     monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
     run_layer(*LAYERS[name])
     assert launches
-    for kernel, programs, arguments, constants, num_warps in launches:
+    for launch in launches:
+        kernel, programs, arguments, constants, num_warps = launch
         assert 0 < programs < 2**31
-        source = source_of(kernel, arguments, constants)
-        key = (source.hash(), num_warps, architecture)
+        key = (inspect_kernels.source_of(kernel, arguments, constants).hash(), num_warps, architecture)
         if key in _compiled:
             continue
         _compiled.add(key)
-        compiled = triton.compile(source, target=GPUTarget('cuda', architecture, 32), options={'num_warps': num_warps})
+        compiled = inspect_kernels.compile_launch(launch, architecture)
         assert len(compiled.asm['cubin']) > 0, kernel.arg_names
         # No shared memory that would keep a second program off a multiprocessor; determinism.
         assert compiled.metadata.shared <= 48 * 1024
@@ -184,21 +168,6 @@ def test_large_inputs_are_counted_in_64_bits(launches):
     for kernel, programs, arguments, _, _ in launches:
         assert programs < 2**31
         assert all(value < 2**31 for value in arguments if isinstance(value, int)), kernel.fn.__name__
-
-
-def test_launches_per_pass(launches):
-    """Launches cost as much as a small map: none is added without notice."""
-    run_layer((64, 64, 56, 56), 'channels_last', torch.bfloat16, 3)
-    names = [kernel.fn.__name__.strip('_').removesuffix('_kernel') for kernel, *_ in launches]
-    assert names == [
-        *('moments', 'merge_moments'),
-        *('similarity', 'similarity_sums'),
-        'coefficients',
-        *('similarity', 'coefficients'),
-        'coefficients',
-        'apply',
-        *('tap_sums', 'merge_tap_sums', 'coefficients_backward', 'input_gradient'),
-    ]
 
 
 # Launching: a GPU driver that compiles and launches nothing shows what would be launched.
