@@ -99,14 +99,15 @@ def rectified_norm(ops: ModuleType, x: Tensor, statistics: Statistics, form: For
 def _forward(
     ops: ModuleType, x: Tensor, statistics: Statistics, form: Form, p: Parameters
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """The output, and what the backward needs: center, scale and r."""
+    """The output, and what the backward needs: center, scale, r, and the kernel, None where it is just parameters."""
     if x.numel() == 0:
         empty = statistics.mean.new_empty((0, len(p.weight)))
-        return torch.empty_like(x), (empty, empty, empty if form.scaling else None)
+        return torch.empty_like(x), (empty, empty, empty if form.scaling else None, None)
     center, scale, r = ops.coefficients(statistics, form, p, x.shape[2] * x.shape[3])
     bias = r * p.bias if form.calibrate_bias else p.bias
     kernel = ops.depthwise_kernel(p, statistics.mean.dtype)
-    return ops.apply(x, center, scale, kernel, bias).to(x.dtype), (center, scale, r)
+    y = ops.apply(x, center, scale, kernel, bias).to(x.dtype)
+    return y, (center, scale, r, kernel if isinstance(kernel, Tensor) else None)
 
 
 class RectifiedNorm(torch.autograd.Function):
@@ -121,13 +122,13 @@ class RectifiedNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, *tensors, center, scale, r = ctx.saved_tensors
+        x, *tensors, center, scale, r, kernel = ctx.saved_tensors
         statistics, p = Statistics(*tensors[:5], *ctx.batch), Parameters(*tensors[5:])
         with F.without_autocast(dy.device.type):
             if torch.is_grad_enabled():
                 grads = _differentiable_backward(ctx, dy, x, statistics, p)
             else:
-                grads = _backward(ctx, dy, x, statistics, p, center, scale, r)
+                grads = _backward(ctx, dy, x, statistics, p, center, scale, r, kernel)
         return None, None, None, grads[0], *[None] * 5, *grads[1:]
 
 
@@ -140,6 +141,7 @@ def _backward(
     center: Tensor,
     scale: Tensor,
     r: Tensor | None,
+    kernel: Tensor | None,
 ) -> list[Tensor | None]:
     size = x.shape[2] * x.shape[3]
     if x.numel() == 0:
@@ -148,7 +150,8 @@ def _backward(
         grads = coefficients_backward(g, s, statistics, ctx.form, p, kernel, center, scale, r, size)[2]
         return [torch.zeros_like(x), *grads]
     ops = ctx.ops
-    kernel = ops.depthwise_kernel(p, scale.dtype)
+    if kernel is None:
+        kernel = ops.depthwise_kernel(p, scale.dtype)
     g, s, kept = ops.tap_sums(dy, x, center, ctx.form.kernel_size)
     slope, offset, grads = ops.coefficients_backward(g, s, statistics, ctx.form, p, kernel, center, scale, r, size)
     dx = None
