@@ -183,7 +183,7 @@ def report(
     return rows
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split('\nExamples')[0],
         epilog=__doc__[__doc__.index('Examples') :],
@@ -201,7 +201,11 @@ def main() -> None:
     parser.add_argument('--memory-format', choices=MEMORY_FORMATS, nargs='+', default=['nchw', 'channels_last'])
     parser.add_argument('--kernel-size', type=int, choices=triton_kernels.KERNEL_SIZES, default=3)
     parser.add_argument('--architecture', type=int, choices=(80, 90), default=90, help='80: A100, 90: H100, H200')
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
     header = None
     for memory_format in args.memory_format:
         for dtype in args.dtype:
