@@ -18,9 +18,12 @@ Each function launches its kernels at once. The operator of the same name in ``t
 what ``torch.compile`` can trace. None has a gradient of its own, writes into its input, waits for the device or uses
 atomics: the same input gives the same bits.
 
-**Layouts.** One kernel serves NCHW and channels-last. A program owns a tile of planes x pixels. In NCHW the planes of
-all samples form one list and pixels are neighbours in memory; in channels-last a tile stays within one sample and
-planes (channels) are neighbours. Any other layout is copied to one of the two first.
+**Layouts.** One kernel serves NCHW and channels-last. A program owns a block of planes and goes over their pixels. In
+NCHW the planes of all samples form one list and pixels are neighbours in memory; in channels-last a block stays within
+one sample and planes (channels) are neighbours. Any other layout is copied to one of the two first.
+
+**Tiles.** Where a pixel's k x k neighbourhood is needed, a lane (a thread, for one or two planes) owns a tile of pixels:
+it loads them and k // 2 pixels around them once, keeps them in registers and computes all of the tile from there.
 
 **Reductions** run in two stages where one program per plane would leave the device idle: parts of the map first, then
 the parts in the order of their numbers.
@@ -144,7 +147,10 @@ def _in_map(live, h, w, height, width, i: tl.constexpr, j: tl.constexpr, ROWS: t
 
 @jit
 def _unpack(value, COLUMNS: tl.constexpr):
-    """The columns (BLOCK_P, BLOCK_Q) of a (BLOCK_P, BLOCK_Q, COLUMNS) value; they stay in their registers."""
+    """The columns (BLOCK_P, BLOCK_Q) of a (BLOCK_P, BLOCK_Q, COLUMNS) value; they stay in their registers.
+
+    COLUMNS is 1, 2, 4 or 8: the value is halved until there is a column in each part.
+    """
     columns = (value,)
     for level in tl.static_range(3):
         if (COLUMNS >> level) > 1:
