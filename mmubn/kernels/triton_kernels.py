@@ -22,8 +22,9 @@ atomics: the same input gives the same bits.
 NCHW the planes of all samples form one list and pixels are neighbours in memory; in channels-last a block stays within
 one sample and planes (channels) are neighbours. Any other layout is copied to one of the two first.
 
-**Tiles.** Where a pixel's k x k neighbourhood is needed, a lane (a thread, for one or two planes) owns a tile of pixels:
-it loads them and k // 2 pixels around them once, keeps them in registers and computes all of the tile from there.
+**Tiles.** Where a pixel's k x k neighbourhood is needed, a lane (a thread, for one or two planes) owns a tile of
+pixels: it loads them and k // 2 pixels around them once, keeps them in registers and computes all of the tile with
+them.
 
 **Reductions** run in two stages where one program per plane would leave the device idle: parts of the map first, then
 the parts in the order of their numbers.
@@ -1011,6 +1012,7 @@ class _Tiling:
             columns = next(c for c in ((4, 5, 6, 7, 3, 2, 1) if k <= 3 else (2, 1)) if width % c == 0)
             vector = {1: 16 // bytes_each, 3: 2, 5: 2, 7: 1}[k]
         else:
+            # No more than one load takes: columns stored one by one would each write to every sector of a row.
             columns = math.gcd(width, 16 // bytes_each if k <= 3 else 4 if k == 5 else 2)
             vector = 1
         # Triton compiles larger tiles in NCHW slowly.
