@@ -1456,7 +1456,7 @@ def coefficients_backward(
         )
     )
     condensed = _condensed(condensed, device)
-    outputs = _empty_gradients(a, neighbor_weight, center_weight, scale_weight)
+    outputs = _empty_gradients(a, weight, neighbor_weight, center_weight, scale_weight)
     block_c = min(_power(channels), 8)
     block_t = _power(taps)
     block_n = min(_power(samples), 64, 4096 // (block_c * block_t))
@@ -1471,12 +1471,14 @@ def coefficients_backward(
 
 
 def _empty_gradients(
-    a: Tensor, neighbor_weight: Tensor | None, center_weight: Tensor | None, scale_weight: Tensor | None
+    a: Tensor,
+    weight: Tensor,
+    neighbor_weight: Tensor | None,
+    center_weight: Tensor | None,
+    scale_weight: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    channels = a.shape[1]
-    shapes = [a.shape, a.shape, (channels,), (channels,), (0,) if neighbor_weight is None else neighbor_weight.shape]
-    shapes += [(0,) if value is None else (channels,) for value in (center_weight, scale_weight, scale_weight)]
-    return tuple(a.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    like = a, a, weight, weight, neighbor_weight, center_weight, scale_weight, scale_weight
+    return tuple(a.new_empty(0) if value is None else torch.empty_like(value) for value in like)
 
 
 def input_gradient(
@@ -1590,7 +1592,9 @@ _OPERATORS = (
         ' Tensor weight, Tensor? neighbor_weight, Tensor? center_weight, Tensor? scale_weight,'
         ' Tensor? calibrated_bias, str? kind, SymInt pixels)'
         ' -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
-        lambda g, s, a, mean, var, eps, condensed, scale, weight, *others: _empty_gradients(a, *others[:3]),
+        lambda g, s, a, mean, var, eps, condensed, scale, *parameters: _empty_gradients(
+            *(None if value is None else _rows(value, *value.shape) for value in (a, *parameters[:4]))
+        ),
     ),
     (
         input_gradient,
