@@ -111,8 +111,16 @@ def _place(samples, channels, pixels, parts, CHANNELS_LAST: tl.constexpr, BLOCK_
 
 
 @jit
-def _inside(position, size):
-    return (position >= 0) & (position < size)
+def _place_tiles(samples, channels, height, column_groups, tiles_per_part, parts, CHANNELS_LAST: tl.constexpr,
+                 ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_P: tl.constexpr):  # fmt: skip
+    """:func:`_place`, then the width and the strides of a map, and the numbers of the part's first tile and of the one
+    after its last."""
+    width = column_groups * COLUMNS
+    part, index, live, first = _place(samples, channels, height * width, parts, CHANNELS_LAST, BLOCK_P)
+    stride_w = channels if CHANNELS_LAST else 1
+    begin = part * tiles_per_part
+    end = tl.minimum(begin + tiles_per_part, tl.cdiv(height, ROWS) * column_groups)
+    return part, index, live, first, width, width * stride_w, stride_w, begin, end
 
 
 @jit
@@ -541,10 +549,9 @@ def _apply_kernel(
     SAMPLE_BIAS: tl.constexpr, K: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    width = column_groups * COLUMNS
-    part, index, plane_live, first = _place(samples, channels, height * width, parts, CHANNELS_LAST, BLOCK_P)
-    stride_w = channels if CHANNELS_LAST else 1
-    stride_h = width * stride_w
+    _, index, plane_live, first, width, stride_h, stride_w, begin, end = _place_tiles(
+        samples, channels, height, column_groups, tiles_per_part, parts, CHANNELS_LAST, ROWS, COLUMNS, BLOCK_P
+    )
     channel = index % channels
     c = tl.load(center + index, mask=plane_live, other=0.0)[:, None]
     taps = _load_taps(
@@ -552,8 +559,7 @@ def _apply_kernel(
     )
     beta = tl.load(bias + (index if SAMPLE_BIAS else channel), mask=plane_live, other=0.0)[:, None]
 
-    end = tl.minimum((part + 1) * tiles_per_part, tl.cdiv(height, ROWS) * column_groups)
-    for start in range(part * tiles_per_part, end, BLOCK_Q):
+    for start in range(begin, end, BLOCK_Q):
         h, w, pixel, live = _lanes(
             first, plane_live, start, end, height, column_groups, stride_h, stride_w, ROWS, COLUMNS, BLOCK_Q
         )
@@ -609,10 +615,9 @@ def _tap_sums_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """With q = p + t, ``G_t = sum_q (x(q) - center) dy(q - t)``: x is loaded once, and outside the map dy is just 0."""
-    width = column_groups * COLUMNS
-    part, index, plane_live, first = _place(samples, channels, height * width, parts, CHANNELS_LAST, BLOCK_P)
-    stride_w = channels if CHANNELS_LAST else 1
-    stride_h = width * stride_w
+    part, index, plane_live, first, width, stride_h, stride_w, begin, end = _place_tiles(
+        samples, channels, height, column_groups, tiles_per_part, parts, CHANNELS_LAST, ROWS, COLUMNS, BLOCK_P
+    )
     c = tl.load(center + index, mask=plane_live, other=0.0)[:, None]
     g = ()
     s = ()
@@ -620,8 +625,7 @@ def _tap_sums_kernel(
         g += (tl.zeros([BLOCK_P, BLOCK_Q], tl.float32),)
         s += (tl.zeros([BLOCK_P, BLOCK_Q], tl.float32),)
 
-    end = tl.minimum((part + 1) * tiles_per_part, tl.cdiv(height, ROWS) * column_groups)
-    for start in range(part * tiles_per_part, end, BLOCK_Q):
+    for start in range(begin, end, BLOCK_Q):
         h, w, pixel, live = _lanes(
             first, plane_live, start, end, height, column_groups, stride_h, stride_w, ROWS, COLUMNS, BLOCK_Q
         )
@@ -693,7 +697,8 @@ def _coefficients_backward_kernel(
         taps += tl.load(neighbor_weight + neighbor_index, mask=is_neighbor, other=0.0)
     taps = taps[None, :, :]
     mu = _load_parameter(mean, channel, channels)[None, :]
-    rstd = tl.rsqrt(_load_parameter(var, channel, channels) + eps)[None, :]
+    inv_std = tl.rsqrt(_load_parameter(var, channel, channels) + eps)
+    rstd = inv_std[None, :]
     w_m = tl.zeros([1, BLOCK_C], tl.float32)
     if center_weight is not None:
         w_m = _load_parameter(center_weight, channel, channels)[None, :]
@@ -754,8 +759,7 @@ def _coefficients_backward_kernel(
         sum_rstd += tl.sum(d_rstd, axis=0)
         tl.store(offset + row, d_a / pixels, mask=inside)
 
-    rstd = tl.rsqrt(_load_parameter(var, channel, channels) + eps)
-    sum_var = sum_rstd * (-0.5 * rstd * rstd * rstd)
+    sum_var = sum_rstd * (-0.5 * inv_std * inv_std * inv_std)
 
     # mu = mean_n m and var = mean_n (v + (m - mu)^2), where the statistics are the batch's.
     take = 0.0
@@ -794,18 +798,16 @@ def _input_gradient_kernel(
     K: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    width = column_groups * COLUMNS
-    part, index, plane_live, first = _place(samples, channels, height * width, parts, CHANNELS_LAST, BLOCK_P)
-    stride_w = channels if CHANNELS_LAST else 1
-    stride_h = width * stride_w
+    _, index, plane_live, first, width, stride_h, stride_w, begin, end = _place_tiles(
+        samples, channels, height, column_groups, tiles_per_part, parts, CHANNELS_LAST, ROWS, COLUMNS, BLOCK_P
+    )
     mean = tl.load(a + index, mask=plane_live, other=0.0)[:, None]
     slope_n = tl.load(slope + index, mask=plane_live, other=0.0)[:, None]
     offset_n = tl.load(offset + index, mask=plane_live, other=0.0)[:, None]
     scale_n = tl.load(scale + index, mask=plane_live, other=0.0)
     taps = _load_taps(weight, neighbor_weight, index % channels, plane_live, scale_n, K)
 
-    end = tl.minimum((part + 1) * tiles_per_part, tl.cdiv(height, ROWS) * column_groups)
-    for start in range(part * tiles_per_part, end, BLOCK_Q):
+    for start in range(begin, end, BLOCK_Q):
         h, w, pixel, live = _lanes(
             first, plane_live, start, end, height, column_groups, stride_h, stride_w, ROWS, COLUMNS, BLOCK_Q
         )
@@ -961,6 +963,12 @@ def _ceil(value: int, divisor: int) -> int:
     return -(-value // divisor)
 
 
+def _split(rounds: int, groups: int, programs: int) -> tuple[int, int]:
+    """How many of its rounds a program of each group takes, and in how many parts that is, to have enough programs."""
+    rounds_per_part = _ceil(rounds, min(rounds, _ceil(programs, groups)))
+    return rounds_per_part, _ceil(rounds, rounds_per_part)
+
+
 # What Triton compiled for arguments seen before; emptied when it has grown to this many.
 _launched: dict[tuple, object] = {}
 MOST_LAUNCHED = 2**14
@@ -1033,9 +1041,7 @@ class _Tiling:
         num_warps = max(1, block_p * block_q // (32 * vector))
 
         groups = _ceil(planes, block_p) * (samples if channels_last else 1)
-        rounds = _ceil(tiles, block_q)
-        rounds_per_part = _ceil(rounds, min(rounds, _ceil(programs, groups)))
-        self.parts = _ceil(rounds, rounds_per_part)
+        rounds_per_part, self.parts = _split(_ceil(tiles, block_q), groups, programs)
         self.programs = groups * self.parts
         self.arguments = (samples, channels, height, column_groups, rounds_per_part * block_q, self.parts)
         self.constants = dict(
@@ -1091,9 +1097,7 @@ def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     unroll = 1 if whole else 4
     block_x //= unroll
     groups = _ceil(planes, block_p) * (samples if channels_last else 1)
-    rounds = _ceil(pixels, unroll * block_x)
-    rounds_per_part = _ceil(rounds, min(rounds, _ceil(REDUCTION_PROGRAMS, groups)))
-    parts = _ceil(rounds, rounds_per_part)
+    rounds_per_part, parts = _split(_ceil(pixels, unroll * block_x), groups, REDUCTION_PROGRAMS)
     vector = 1 if channels_last else math.gcd(pixels, 16 // x.element_size())
 
     a = x.new_empty((samples, channels), dtype=torch.float32)
@@ -1177,7 +1181,7 @@ def statistics_coefficients(
     scale_weight: Tensor | None,
     scale_bias: Tensor | None,
     kind: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The statistics of one batch, what becomes of the running statistics, and the coefficients of :func:`apply`.
 
     With ``m = (1 + w_m) a``: ``mu_B = mean_n m`` and ``var_B = mean_n v + mean_n (m - mu_B)^2``. ``(mu, var)`` is

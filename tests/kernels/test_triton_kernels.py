@@ -4,7 +4,7 @@ Needs no GPU. The checks of numbers are in ``triton_worker.py``.
 """
 
 import ast
-import importlib.util
+import importlib
 import itertools
 import json
 import os
@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -26,15 +27,10 @@ ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name('triton_worker.py')
 
 
-def _load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-inspect_kernels = _load(ROOT / 'tools' / 'analysis_tools' / 'inspect_kernels.py')
-worker = _load(WORKER)
+# as Python starts a script: its folder is where it imports from first
+with mock.patch.object(sys, 'path', [str(ROOT / 'tools' / 'analysis_tools'), str(WORKER.parent), *sys.path]):
+    inspect_kernels = importlib.import_module('inspect_kernels')
+    worker = importlib.import_module('triton_worker')
 
 
 @pytest.fixture(scope='session')

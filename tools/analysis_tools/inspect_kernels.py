@@ -26,6 +26,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
+from benchmark_norm import DTYPES, MEMORY_FORMATS, shape
 
 import mmubn
 from mmubn import kernels
@@ -38,8 +39,6 @@ try:
 except ImportError:
     sys.exit('inspect_kernels: Triton is not installed; it comes with torch for Linux.')
 
-DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
-MEMORY_FORMATS = {'nchw': torch.contiguous_format, 'channels_last': torch.channels_last}
 # The stages of a ResNet-50 at ImageNet's size
 SHAPES = [(64, 256, 56, 56), (64, 512, 28, 28), (64, 1024, 14, 14), (64, 2048, 7, 7)]
 POINTERS = {torch.float32: 'fp32', torch.float16: 'fp16', torch.bfloat16: 'bf16', torch.bool: 'i1'}
@@ -150,8 +149,8 @@ def rounds_of(launch: Launch) -> int:
 
 def instructions_per_value(launch: Launch, code: Code, values: int) -> float:
     """Instructions of all lanes for each value of x."""
-    rest = max(code.loops, default=0) * (rounds_of(launch) - 1) if code.loops else 0
-    return (code.instructions + rest) * launch.programs * launch.num_warps * 32 / values
+    repeated = code.loops[0] * (rounds_of(launch) - 1) if code.loops else 0
+    return (code.instructions + repeated) * launch.programs * launch.num_warps * 32 / values
 
 
 def report(
@@ -189,12 +188,6 @@ def parse_args() -> argparse.Namespace:
         epilog=__doc__[__doc__.index('Examples') :],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-    def shape(text: str) -> tuple[int, ...]:
-        sizes = tuple(map(int, text.split(','))) if re.fullmatch(r'\d+(,\d+){3}', text) else ()
-        if len(sizes) != 4 or min(sizes) < 1:
-            raise argparse.ArgumentTypeError(f'expected N,C,H,W of positive numbers, got {text!r}')
-        return sizes
 
     parser.add_argument('--shapes', type=shape, nargs='+', default=SHAPES, metavar='N,C,H,W')
     parser.add_argument('--dtype', choices=DTYPES, nargs='+', default=['bf16'])
