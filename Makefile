@@ -13,7 +13,7 @@ help:
 	@echo 'make demo-classification   train a small ResNet with BN and with UBN on real digits and compare them'
 	@echo 'make results-NAME   the runs of docs/results.md; NAME is classification, ablation, condensation or detection'
 	@echo 'make test   run the tests; make test-all also runs the few that take minutes'
-	@echo 'make lint   run ruff and codespell'
+	@echo 'make lint   run ruff, codespell and mypy'
 	@echo 'make setup  only make the environment ($(VENV)); VENV=dir and PYTHON=python3.x choose another'
 	@echo 'make lock   resolve requirements/*.in again (needs uv)'
 
@@ -56,6 +56,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
+	$(BIN)/mypy
 
 # opencv-python needs libGL, which a bare machine lacks; opencv-python-headless gives the same module without it.
 # === keeps pip from preferring a local build of torch, such as +cpu, beside which torchvision would not import.

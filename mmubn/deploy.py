@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmubn.functional import statistics_dtype, without_autocast
+from mmubn import functional
 from mmubn.layers import UnifiedNorm
 
 __all__ = ['FoldedUBN', 'fold']
@@ -41,10 +41,12 @@ def fold(model: nn.Module) -> nn.Module:
         raise ValueError('fold needs a model in evaluation mode: call model.eval() before fold(model).')
     model = copy.deepcopy(model)
     # By layer: one that a model uses at several places (a shared head) stays one layer.
-    folded = {module: _fold_layer(module) for module in model.modules() if isinstance(module, UnifiedNorm)}
+    folded: dict[nn.Module, nn.Module] = {
+        module: _fold_layer(module) for module in model.modules() if isinstance(module, UnifiedNorm)
+    }
     for module in list(model.modules()):
         for name, child in module._modules.items():
-            if child in folded:
+            if child is not None and child in folded:
                 module._modules[name] = folded[child]
     return folded.get(model, model)
 
@@ -74,6 +76,13 @@ class FoldedUBN(nn.Module):
         bias: beta, (C,).
     """
 
+    shift: Tensor
+    center_weight: Tensor | None
+    scale_weight: Tensor | None
+    scale_bias: Tensor | None
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, constants: dict[str, Tensor | None], calibrate_bias: bool) -> None:
         super().__init__()
         self.calibrate_bias = calibrate_bias
@@ -87,17 +96,17 @@ class FoldedUBN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() == 0:
             return x
-        with without_autocast(x.device.type):  # as in the layers, float32 inside
+        with functional.without_autocast(x.device.type):  # as in the layers, float32 inside
             return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        y = x.to(statistics_dtype(x))
+        y = x.to(functional.statistics_dtype(x))
         shift, r = self.shift, None
         if self.center_weight is not None or self.scale_weight is not None:
             a = y.mean((2, 3))
         if self.center_weight is not None:
             shift = shift + self.center_weight * a
-        if self.scale_weight is not None:
+        if self.scale_weight is not None and self.scale_bias is not None:
             r = torch.sigmoid(self.scale_weight * (a + shift) + self.scale_bias)[..., None, None]
         y = y + shift[..., None, None]
         if r is not None and not self.calibrate_bias:
@@ -105,10 +114,10 @@ class FoldedUBN(nn.Module):
         if self.weight.dim() == 1:
             y = y * self.weight[:, None, None] + self.bias[:, None, None]
         else:
-            channels, _, size, _ = self.weight.shape
+            channels, _, kernel_size, _ = self.weight.shape
             weight, bias = self.weight.to(y.dtype), self.bias.to(y.dtype)
-            y = F.conv2d(y, weight, bias, padding=size // 2, groups=channels)
-        if self.calibrate_bias:
+            y = F.conv2d(y, weight, bias, padding=kernel_size // 2, groups=channels)
+        if r is not None and self.calibrate_bias:
             # r is one number per map, so it commutes with the convolution; here it takes the bias along.
             y = y * r
         return y.to(x.dtype)
@@ -122,7 +131,7 @@ class FoldedUBN(nn.Module):
 def _fold_layer(layer: UnifiedNorm) -> nn.Module:
     # In float64, so that every constant is rounded once; on the CPU, since some devices have no float64.
     values = {name: value.to('cpu', torch.float64) for name, value in layer.state_dict().items()}
-    device, dtype = layer.weight.device, statistics_dtype(layer.weight)
+    device, dtype = layer.weight.device, functional.statistics_dtype(layer.weight)
 
     def unless_zero(name: str) -> Tensor | None:
         return values[name] if name in values and values[name].any() else None
@@ -130,7 +139,7 @@ def _fold_layer(layer: UnifiedNorm) -> nn.Module:
     neighbor_weight, center_weight, scale_weight = map(
         unless_zero, ('neighbor_weight', 'center_weight', 'scale_weight')
     )
-    if layer.scaling == 'unitized' and scale_weight is not None:
+    if layer.scaling not in (None, 'rectified', 'instance') and scale_weight is not None:
         return layer
     gain, bias, scale_bias = values['weight'], values['bias'], values.get('scale_bias')
     inv_std = torch.rsqrt(values['running_var'] + float(layer.eps))
@@ -140,6 +149,7 @@ def _fold_layer(layer: UnifiedNorm) -> nn.Module:
         gain = gain * r
         bias = bias * r if layer.calibrate_bias else bias
 
+    folded: nn.Module
     if neighbor_weight is None and center_weight is None and scale_weight is None:
         folded = nn.BatchNorm2d(layer.num_features, eps=float(layer.eps), dtype=torch.float64).requires_grad_(False)
         folded.load_state_dict(

@@ -216,17 +216,15 @@ def select_statistics(
 
     Source: the paper, Eqs. 2 and 3.
     """
-    selected = tuple(torch.where(condensed, new, old.to(new.dtype)) for new, old in zip(batch, running, strict=True))
-    mean, var = (t.detach() for t in batch)
-    unbiased = var * (count / (count - 1 + (count <= 1)))
+    (mean, var), (old_mean, old_var) = batch, running
+    selected = torch.where(condensed, mean, old_mean.to(mean.dtype)), torch.where(condensed, var, old_var.to(var.dtype))
     # In the dtype of the running ones, which in a half-precision layer may be too narrow for the variance.
-    new_mean, new_var = (new.to(old.dtype) for old, new in zip(running, (mean, unbiased), strict=True))
+    new_mean = mean.detach().to(old_mean.dtype)
+    new_var = (var.detach() * (count / (count - 1 + (count <= 1)))).to(old_var.dtype)
     moves = _is_finite(new_mean) & _is_finite(new_var) & condensed
-    moved = tuple(
-        torch.where(moves, torch.lerp(old, new, momentum), old)
-        for old, new in zip(running, (new_mean, new_var), strict=True)
-    )
-    return selected, moved
+    moved_mean = torch.where(moves, torch.lerp(old_mean, new_mean, momentum), old_mean)
+    moved_var = torch.where(moves, torch.lerp(old_var, new_var, momentum), old_var)
+    return selected, (moved_mean, moved_var)
 
 
 def _is_finite(x: Tensor) -> Tensor:
@@ -275,13 +273,21 @@ def coefficients(
     """
     mu, var = statistics
     inv_std = torch.rsqrt(var + eps)
-    center = mu.unsqueeze(0) if center_weight is None else mu - center_weight * a
+    if center_weight is None:
+        center = mu.unsqueeze(0)
+    else:
+        assert a is not None, 'centering needs the instance means'
+        center = mu - center_weight * a
     if scaling is None:
         return center, inv_std.unsqueeze(0), None
+    assert a is not None, 'scaling needs the instance means'
+    assert scale_weight is not None, 'scaling needs a scale_weight'
     if scaling == 'unitized':
+        assert v is not None, 'this scaling needs the instance variances'
         q = ((v + (a - center).square()) * inv_std.square()).sum(1, keepdim=True) / size
         r = 1 + scale_weight * (torch.rsqrt(q + eps) - 1)
     else:
+        assert scale_bias is not None, 'this scaling needs a scale_bias'
         pooled = (a - center) * inv_std if scaling == 'rectified' else a
         r = torch.sigmoid(scale_weight * pooled + scale_bias)
     return center, r * inv_std, r

@@ -1,5 +1,6 @@
 """Settings of all tests."""
 
+import contextlib
 import gc
 import os
 from pathlib import Path
@@ -48,3 +49,12 @@ def no_default_scope():
     """A scope that a test sets, by hand or with a Runner, is not that of the next one."""
     yield
     DefaultScope._instance_dict.clear()
+
+
+@pytest.fixture(params=['reference', 'torch', 'chosen'])
+def backend(request):
+    """A backend that all layers compute by; ``chosen`` leaves it to them: the C++ kernels for what they take."""
+    from mmubn.ops import use_backend
+
+    with contextlib.nullcontext() if request.param == 'chosen' else use_backend(request.param):
+        yield request.param

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 IMPORTS = [
-    'mmubn.engine',
+    'mmubn.cli',
     *(f'mmdet.{name}' for name in ('models', 'datasets', 'engine', 'evaluation', 'visualization')),
 ]
 IMPORTS += ['mmpretrain', 'matplotlib.pyplot', 'sklearn.datasets', 'yapf.yapflib.yapf_api', 'setuptools']

@@ -1,11 +1,10 @@
-"""Logs of runs, made by hand, and a way to call a tool that reads them."""
+"""Logs of runs, made by hand."""
 
 import json
-import runpy
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from mmubn.openmmlab.hooks.layer_log import LayerLog
+
+LAYERS = ['conv1.bn', 'layer1.bn', 'layer2.bn']
 
 
 def training(iteration, epoch, time=0.1, loss=1.0):
@@ -29,11 +28,11 @@ def write_log(run, records, start='20260101_120000', window=None):
     return log
 
 
-def call(monkeypatch, tool, *arguments):
-    """Run a tool of tools/analysis_tools/ as __main__ in this process; its exit status."""
-    monkeypatch.setattr(sys, 'argv', [tool, *map(str, arguments)])
-    try:
-        runpy.run_path(str(ROOT / 'tools' / 'analysis_tools' / tool), run_name='__main__')
-    except SystemExit as error:
-        return error.code
-    return 0
+def write_condensation(run, fixed, layers=LAYERS, threshold=0.3, start='20260101_120000', **others):
+    """What FeatureCondensationHook writes: ``fixed`` and the other quantities are {step: values}."""
+    path = run / start / 'feature_condensation.jsonl'
+    log = LayerLog(path, layers, types=['BN'] * len(layers), threshold=threshold, num_samples=32)
+    for name, values in {'fixed': fixed, **others}.items():
+        for step, each in values.items():
+            log.append(step, step // 10, **{name: each})
+    return path

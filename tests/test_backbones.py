@@ -9,7 +9,7 @@ from mmpretrain.registry import MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import mmubn.models  # noqa: F401 - registers
+import mmubn.openmmlab.models  # noqa: F401 - registers
 from mmubn import IEBN, UBN
 
 # Parameters of timm's inception_v4 and res2net50_26w_4s (timm 1.0.31), which torchvision lacks.

@@ -25,7 +25,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmubn import BNET, IEBN, RBN, UBN, UnitizedBN
-from mmubn.checks import ClassCountHook, ConfigError, check_norm_types, check_norms_used
+from mmubn.openmmlab.config_checks import check_norm_types, check_norms_used
+from mmubn.openmmlab.errors import ConfigError
+from mmubn.openmmlab.hooks.class_count import ClassCountHook
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ('imagenet', 'cifar10', 'cifar100')

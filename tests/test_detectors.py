@@ -15,7 +15,7 @@ from mmpretrain.registry import MODELS as CLASSIFICATION_MODELS
 from torch import nn
 
 import mmubn
-from mmubn.engine import add_config_arguments, load_config
+from mmubn.cli.config import add_config_arguments, load_config
 from mmubn.layers import UnifiedNorm
 
 CONFIGS = Path(__file__).resolve().parent.parent / 'configs'

@@ -34,9 +34,9 @@ from mmengine.registry import HOOKS, MODELS, init_default_scope
 from torch import nn
 
 import mmubn
-from mmubn.checks import check_norm_types, check_norms_used
-from mmubn.engine import load_config
-from mmubn.sweeps import SweepRun, read_sweeps
+from mmubn.analysis.sweeps import SweepRun, read_sweeps
+from mmubn.cli.config import load_config
+from mmubn.openmmlab.config_checks import check_norm_types, check_norms_used
 
 PAGES = [ROOT / 'README.md', ROOT / 'CHANGELOG.md', *sorted((ROOT / 'docs').glob('*.md'))]
 PAGES += sorted((ROOT / 'configs').glob('*/README.md'))
@@ -254,7 +254,7 @@ class Reader:
         if tool == 'tools/analysis_tools/compare_norms.py':
             for sweep in read_sweeps(args.sweeps_file, args.sweeps, args.seeds):
                 for run in sweep.runs:
-                    functions_of(tool)['folder_of'](run, args.work_dir).mkdir(parents=True, exist_ok=True)
+                    run.folder(args.work_dir).mkdir(parents=True, exist_ok=True)
 
     def _config(self, args):
         """The config, in which the keys of --cfg-options and the arguments of norms must be known."""
@@ -338,7 +338,6 @@ def load(name):
 
 
 contract = load('layers/test_contract.py')
-backend = contract.backend
 # The contract without the list of the norms that it is for.
 Contract = type('Contract', (), {name: test for name, test in vars(contract.TestContract).items() if name[:2] != '__'})
 del Contract.pytestmark

@@ -1,28 +1,17 @@
 """docs/results.md: its tables are what its raw data say, and its raw data are whole."""
 
 import csv
-import importlib.util
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mmubn.sweeps import read_sweeps
+from mmubn.analysis import comparison
+from mmubn.analysis.sweeps import read_sweeps
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / 'docs' / 'results'
 NAMES = sorted(path.stem for path in FOLDER.glob('*.csv'))
-
-
-@pytest.fixture(scope='module')
-def compare_norms():
-    path = ROOT / 'tools' / 'analysis_tools' / 'compare_norms.py'
-    spec = importlib.util.spec_from_file_location('compare_norms', path)
-    module = sys.modules['compare_norms'] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules['compare_norms']
 
 
 @pytest.fixture(scope='module')
@@ -53,10 +42,10 @@ def test_no_run_is_left_out(name, sweeps):
         assert {(label, seed) for label, seeds in values.items() for seed in seeds} == expected
 
 
-def curves(name, compare_norms, epochs=None, folder=FOLDER):
+def curves(name, epochs=None, folder=FOLDER):
     return {
         metric: {
-            label: compare_norms.Curve(
+            label: comparison.Curve(
                 list(seeds),
                 sorted(seeds[0])[:epochs],
                 np.array([list(values.values())[:epochs] for values in seeds.values()]),
@@ -68,35 +57,35 @@ def curves(name, compare_norms, epochs=None, folder=FOLDER):
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_the_tables_are_those_of_the_raw_data(name, sweeps, compare_norms):
-    summary = compare_norms.summarize(sweeps[name], curves(name, compare_norms))
+def test_the_tables_are_those_of_the_raw_data(name, sweeps):
+    summary = comparison.summarize(sweeps[name], curves(name))
     text = (ROOT / 'docs' / 'results.md').read_text()
     for line in summary.splitlines():
         if line.startswith('|'):
             assert f'{line}\n' in text
 
 
-def test_the_head_start_is_that_of_the_raw_data(compare_norms):
+def test_the_head_start_is_that_of_the_raw_data():
     """Differences from BN after 2 epochs, as the summary says them."""
-    after_2_epochs = curves('norms', compare_norms, epochs=2)['top1']
+    after_2_epochs = curves('norms', epochs=2)['top1']
     text = ' '.join((ROOT / 'docs' / 'results.md').read_text().split())
-    mean, low, high = compare_norms.difference(after_2_epochs['UBN'], after_2_epochs['BN'])
+    mean, low, high = comparison.difference(after_2_epochs['UBN'], after_2_epochs['BN'])
     assert f'After 2 epochs it is {mean:.1f} points above BN (95% interval {low:.1f} to {high:.1f})' in text
-    mean, low, high = compare_norms.difference(after_2_epochs['BNET'], after_2_epochs['BN'])
+    mean, low, high = comparison.difference(after_2_epochs['BNET'], after_2_epochs['BN'])
     assert f'depthwise convolution ({mean:.1f} points, {low:.1f} to {high:.1f})' in text
 
 
 SERIES = {'norms': ('top1', 2), 'detection-from-scratch': ('bbox_mAP', 3), 'detection-handed-over': ('bbox_mAP', 3)}
 
 
-def test_both_series_are_those_of_the_raw_data(compare_norms):
+def test_both_series_are_those_of_the_raw_data():
     """The same runs by torch's operators and by the C++ kernels: what they conclude, and how far apart they are."""
     text = (ROOT / 'docs' / 'results.md').read_text()
     apart = {}
     for name, (metric, digits) in SERIES.items():
-        both = [curves(name, compare_norms, folder=folder)[metric] for folder in (FOLDER / 'torch-operators', FOLDER)]
+        both = [curves(name, folder=folder)[metric] for folder in (FOLDER / 'torch-operators', FOLDER)]
         for label in both[0].keys() - {'BN', 'IN', 'GN'}:
-            cells = [compare_norms.compared(series[label], series['BN'], digits) for series in both]
+            cells = [comparison.compared(series[label], series['BN'], digits) for series in both]
             assert f'| `{name}`, {label} | {cells[0]} | {cells[1]} |\n' in text
             apart.setdefault(metric, []).extend(np.abs(both[0][label].values[:, -1] - both[1][label].values[:, -1]))
         for label in both[0].keys() & {'BN', 'IN', 'GN'}:

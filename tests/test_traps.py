@@ -1,47 +1,32 @@
 """What PyTorch and OpenMMLab do to the norm layers of a model, and what becomes of UBN's then.
 
-Conversion to SyncBatchNorm and folding into convolutions are in ``test_guards.py``.
+What every norm type guarantees is in ``layers/test_contract.py``; conversion to SyncBatchNorm and folding into
+convolutions are in ``openmmlab/``.
 """
 
 import copy
 import inspect
-import itertools
 from types import SimpleNamespace
 
 import forks
 import pytest
 import torch
+import torch.nn.functional as F
+from helpers import batch, randomize
 from mmdet.engine.hooks import MeanTeacherHook
 from mmdet.engine.hooks.sync_norm_hook import get_norm_states
 from mmdet.engine.optimizers import LearningRateDecayOptimizerConstructor
 from mmdet.models import ResNet
 from mmengine.hooks import EMAHook
-from mmengine.model import BaseModel, BaseModule, ExponentialMovingAverage, initialize, stack_batch
+from mmengine.model import BaseModel, BaseModule, ExponentialMovingAverage, stack_batch
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmpretrain.engine.hooks import PreciseBNHook
 from mmpretrain.engine.optimizers import LearningRateDecayOptimWrapperConstructor
 from mmpretrain.models import ResNet as MMPretrainResNet
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.optim.swa_utils import AveragedModel
 
-from mmubn import UBN, kernels
-
-SIGMOID_1 = torch.sigmoid(torch.ones(())).item()
-
-
-def batch(shape=(4, 3, 6, 5), seed=0, shared=0.0):
-    """Random samples; ``shared`` adds one pattern to all of them, which makes them similar."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator) + shared * torch.randn(shape[1:], generator=generator)
-
-
-def randomize(layer, seed=0):
-    """Parameters away from their initial values, so that every term counts."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
-    return layer
+from mmubn import UBN
 
 
 def closed(layer):
@@ -60,38 +45,10 @@ def assert_same_state(module, before, but=()):
             assert torch.equal(value, before[key]), key
 
 
-class TestInitialisers:
-    """They fill ``weight`` and ``bias``, as BatchNorm's, and meet none of the other parameters."""
-
-    @pytest.mark.parametrize(
-        'init_cfg',
-        [
-            dict(type='Constant', val=0.7, bias=0.2, layer=['_BatchNorm', 'GroupNorm']),
-            dict(type='Constant', val=0.7, bias=0.2, layer='UBN'),
-            dict(type='Normal', std=0.5, layer=['Conv2d', '_BatchNorm']),
-            dict(type='TruncNormal', std=0.5, layer=['Conv2d', '_BatchNorm']),
-            dict(type='Uniform', layer=['Conv2d', '_BatchNorm']),
-            dict(type='Xavier', layer='Conv2d'),
-            dict(type='Kaiming', layer='Conv2d'),
-            dict(type='Caffe2Xavier', layer='Conv2d'),
-        ],
-        ids=lambda cfg: f'{cfg["type"]} {cfg["layer"]}',
-    )
-    def test_the_layer_stays_a_scaled_batch_norm(self, init_cfg):
-        model = nn.Sequential(nn.Conv2d(3, 4, 3), UBN(4), nn.Conv2d(4, 2, 1))
-        initialize(model, init_cfg)
-        layer, reference = model[1], nn.BatchNorm2d(4)
-        reference.load_state_dict({key: layer.state_dict()[key] for key in reference.state_dict()})
-        touched = init_cfg['layer'] != 'Conv2d'
-        assert touched != bool(layer.weight.eq(1).all()), 'weight must be initialised where, and only where, asked for'
-        with torch.no_grad():
-            reference.weight.mul_(SIGMOID_1)
-        x = batch((4, 4, 6, 5))
-        torch.testing.assert_close(layer(x), reference(x))
-
+class TestZeroInitialisation:
     @pytest.mark.parametrize('backbone', [ResNet, MMPretrainResNet], ids=['mmdet', 'mmpretrain'])
     @pytest.mark.parametrize('depth', [18, 50])
-    def test_zero_init_of_the_last_norm_makes_residual_branches_zero(self, backbone, depth):
+    def test_of_the_last_norm_makes_residual_branches_zero(self, backbone, depth):
         extra = dict(init_cfg=None) if backbone is ResNet else dict(zero_init_residual=True)
         model = backbone(depth=depth, stem_channels=8, base_channels=8, norm_cfg=dict(type='UBN'), **extra)
         model.init_weights()
@@ -103,14 +60,6 @@ class TestInitialisers:
             assert y.eq(0).all()
         others = [m for m in model.modules() if isinstance(m, UBN) and m not in last]
         assert all(m.weight.eq(1).all() for m in others)
-
-    def test_the_first_step_leaves_zero(self):
-        """A zero-initialised norm must get gradients for all taps, or its branch would never start."""
-        layer = UBN(3)
-        nn.init.zeros_(layer.weight)
-        (layer(batch()) * batch(seed=1)).sum().backward()
-        assert layer.weight.grad.abs().min() > 0
-        assert layer.neighbor_weight.grad.abs().min() > 0
 
 
 class Named(BaseModel):
@@ -157,13 +106,6 @@ def groups(constructor, paramwise_cfg):
 
 
 class TestParamwise:
-    def test_default_constructor(self):
-        cfg = dict(norm_decay_mult=0.0, bias_decay_mult=0.5, bias_lr_mult=2.0, dwconv_decay_mult=3.0)
-        for name, (lr, decay) in groups(DefaultOptimWrapperConstructor, cfg).items():
-            if name.startswith(NORMS):
-                assert (lr, decay) == (0.1, 0.0), name
-        assert groups(DefaultOptimWrapperConstructor, cfg)[CONV + 'bias'] == (0.2, 0.25)
-
     def test_layer_decay_of_mmpretrain(self):
         cfg = dict(norm_decay_mult=0.0, bias_decay_mult=0.5, layer_decay_rate=0.5)
         for name, (lr, decay) in groups(LearningRateDecayOptimWrapperConstructor, cfg).items():
@@ -182,51 +124,25 @@ class TestParamwise:
                 assert decay == (0.5 if taps else 0.0), name
 
 
-class TestReEstimation:
-    """Tools that count the running statistics anew do it with UBN as with BatchNorm, even where the gate is closed."""
-
-    @pytest.fixture
-    def data(self):
-        return [batch(seed=seed) + seed for seed in range(5)]
-
-    def norms(self):
-        """A UBN with a closed gate and stale statistics, and a BatchNorm."""
-        ours, theirs = randomize(closed(UBN(3))), nn.BatchNorm2d(3)
-        nn.init.zeros_(ours.center_weight)  # with it, the statistics are those of the centred input
-        for norm in (ours, theirs):
-            norm.running_mean.fill_(7)
-        return ours, theirs
-
-    def test_update_bn(self, data):
-        ours, theirs = self.norms()
-        for norm in (ours, theirs):
-            update_bn(data, norm)
-        torch.testing.assert_close(ours.running_mean, theirs.running_mean)
-        torch.testing.assert_close(ours.running_var, theirs.running_var)
-        assert ours.num_batches_tracked == theirs.num_batches_tracked == 5
-        assert ours.momentum == 0.1
-
-    def test_update_bn_leaves_the_similarity(self, data):
-        layer, _ = self.norms()
-        similarity = layer.running_similarity.clone()
-        update_bn(data, layer)
-        assert torch.equal(layer.running_similarity, similarity)
-
-    def test_precise_bn(self, data):
-        ours, theirs = self.norms()
-        similarity = ours.running_similarity.clone()
-        for norm in (ours, theirs):
-            loop = SimpleNamespace(dataloader=Loader([{'x': x} for x in data]))
-            runner = SimpleNamespace(model=Wrapped(norm), train_loop=loop, logger='silent')
-            PreciseBNHook(num_samples=20)._perform_precise_bn(runner)
-        expected = torch.stack([x.mean((0, 2, 3)) for x in data]).mean(0)
-        torch.testing.assert_close(ours.running_mean, expected)
-        torch.testing.assert_close(ours.running_mean, theirs.running_mean)
-        torch.testing.assert_close(ours.running_var, theirs.running_var)
-        assert torch.equal(ours.running_similarity, similarity)
-        assert ours.momentum == 0.1
-        ours(data[0])
-        assert ours.running_similarity != similarity, 'afterwards the gate must act again'
+def test_precise_bn_counts_as_with_batch_norm():
+    """Even where the gate is closed; afterwards the gate acts again. PreciseBNHook sets momentum to 1."""
+    data = [batch(seed=seed) + seed for seed in range(5)]
+    ours, theirs = randomize(closed(UBN(3))), nn.BatchNorm2d(3)
+    nn.init.zeros_(ours.center_weight)  # with it, the statistics are those of the centred input
+    similarity = ours.running_similarity.clone()
+    for norm in (ours, theirs):
+        norm.running_mean.fill_(7)
+        loop = SimpleNamespace(dataloader=Loader([{'x': x} for x in data]))
+        runner = SimpleNamespace(model=Wrapped(norm), train_loop=loop, logger='silent')
+        PreciseBNHook(num_samples=20)._perform_precise_bn(runner)
+    expected = torch.stack([x.mean((0, 2, 3)) for x in data]).mean(0)
+    torch.testing.assert_close(ours.running_mean, expected)
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+    assert torch.equal(ours.running_similarity, similarity)
+    assert ours.momentum == 0.1
+    ours(data[0])
+    assert ours.running_similarity != similarity, 'afterwards the gate must act again'
 
 
 class Wrapped(BaseModel):
@@ -356,28 +272,6 @@ class TestNormEval:
 
 
 class TestBuffers:
-    def test_updates_are_in_place(self):
-        """DDP, EMA and CUDA graphs hold references to the buffers."""
-        layer = UBN(3)
-        before = {name: (buffer, buffer.data_ptr(), buffer.clone()) for name, buffer in layer.named_buffers()}
-        layer(batch(shared=3.0))
-        for name, buffer in layer.named_buffers():
-            same, pointer, old = before[name]
-            assert buffer is same, name
-            assert buffer.data_ptr() == pointer, name
-            assert not torch.equal(buffer, old), name
-
-    def test_all_that_decides_a_training_step_is_in_the_state_dict(self):
-        """A layer that a state dict goes to continues exactly as the one that it came from."""
-        one = randomize(UBN(3, similarity_momentum=0.5))
-        for seed in range(3):
-            one(batch(seed=seed))
-        other = UBN(3, similarity_momentum=0.5)
-        other.load_state_dict(one.state_dict())
-        for seed in range(3, 6):
-            x = batch(seed=seed, shared=2.0 * (seed == 4))
-            assert torch.equal(one(x), other(x))
-
     def test_norm_states_of_mmdetection(self):
         """Its SyncNormHook averages them over the processes and loads them."""
         model = nn.Sequential(nn.Conv2d(3, 3, 1), randomize(UBN(3)))
@@ -388,34 +282,15 @@ class TestBuffers:
         model.load_state_dict({key: value + 1 for key, value in states.items()}, strict=False)
         assert_same_state(model, {key: before[key] + 1 if key in states else before[key] for key in before})
 
-    def test_half_precision_model(self):
-        """``model.half()`` makes half-precision buffers too."""
-        layer = randomize(UBN(3))
-        layer(batch())
-        expected = layer.eval()(batch())
-        y = copy.deepcopy(layer).half()(batch().half())
-        assert y.dtype == torch.float16
-        torch.testing.assert_close(y.float(), expected, rtol=1e-2, atol=1e-2)
-
 
 class TestPadding:
     """In evaluation, what shares a batch with an image reaches it by way of the padding alone."""
 
-    @pytest.fixture
-    def layer(self):
-        layer = randomize(UBN(3))
-        layer(batch())
-        return layer.eval()
-
-    def test_images_of_one_size(self, layer):
-        images = list(batch((3, 3, 8, 8)))
-        for image, y in zip(images, layer(stack_batch(images)), strict=True):
-            torch.testing.assert_close(layer(image[None])[0], y)
-
-    def test_a_smaller_image_is_as_if_padded_by_hand(self, layer):
+    def test_a_smaller_image_is_as_if_padded_by_hand(self):
+        layer = randomize(UBN(3)).eval()
         small, large = batch((3, 5, 7)), batch((3, 8, 8), seed=1)
         y = layer(stack_batch([small, large]))
-        padded = nn.functional.pad(small, (0, 1, 0, 3))
+        padded = F.pad(small, (0, 1, 0, 3))
         torch.testing.assert_close(layer(padded[None])[0], y[0])
         alone = layer(small[None])[0]
         assert not torch.allclose(alone, y[0, :, :5, :7], atol=1e-2), 'the README says that the padding is seen'
@@ -435,12 +310,6 @@ class TestParallel:
         y.square().sum().backward()
         assert all(parameter.grad is not None for parameter in layer.parameters())
         assert layer.running_similarity == expected.running_similarity != 1, 'the first replica holds the buffers'
-
-    def test_no_scalar_parameters(self):
-        """FSDP rejects them; scalar buffers are fine."""
-        for options in itertools.product([0.15, None], [True, False], [True, False], [1, 3]):
-            layer = UBN(1, **dict(zip(('threshold', 'centering', 'scaling', 'kernel_size'), options, strict=True)))
-            assert all(parameter.dim() > 0 for parameter in layer.parameters())
 
     def test_two_processes_gate_on_their_own(self, tmp_path):
         """MMEngine's DDP: no broadcast of buffers, unused parameters are an error."""
@@ -503,37 +372,3 @@ def ddp_process(rank, folder):
     torch.save(result, Path(folder) / f'{rank}.pt')
     dist.barrier()
     os._exit(0)  # torch's tear-down of gloo may hang: it joins threads under the lock that they wait for
-
-
-class TestTracers:
-    def test_compile_in_one_graph(self):
-        """Nothing reads the gate on the host."""
-        layer = randomize(UBN(3))
-        expected = copy.deepcopy(layer)
-        compiled = torch.compile(layer, backend='eager', fullgraph=True)
-        for seed, shared in enumerate((3.0, 0.0, 0.0)):
-            x = batch(seed=seed, shared=shared)
-            with kernels.use_backend('reference'):  # what a compiler gets: the same bits
-                y = expected(x)
-            torch.testing.assert_close(compiled(x), y)
-        assert_same_state(layer, expected.state_dict())
-
-    def test_export_holds_no_gate(self):
-        layer = randomize(UBN(3)).eval()
-        x = batch()
-        program = torch.export.export(layer, (x,))
-        used = {node.target for node in program.graph.nodes if node.op == 'placeholder' and node.users}
-        assert any('running_mean' in name for name in used)
-        assert not any('similarity' in name or 'tracked' in name for name in used)
-        torch.testing.assert_close(program.module()(x), layer(x))
-
-    def test_leaf_of_a_tracer(self):
-        class Tracer(torch.fx.Tracer):
-            def is_leaf_module(self, module, name):
-                return isinstance(module, UBN)
-
-        model = nn.Sequential(nn.Conv2d(3, 3, 1), randomize(UBN(3)))
-        traced = torch.fx.GraphModule(model, Tracer().trace(model))
-        x = batch()
-        assert torch.equal(copy.deepcopy(traced)(x), copy.deepcopy(model)(x))
-        assert torch.equal(traced.eval()(x), model.eval()(x))

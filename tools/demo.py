@@ -5,9 +5,9 @@ Every step is one of the project's own tools, printed as it is run. `make demo` 
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+
+from mmubn.cli import add_debug_argument, run_command, run_tool
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
@@ -28,19 +30,14 @@ WORK_DIR = Path('work_dirs/demo')
 BATCH_SIZE = 8  # over all processes
 
 
-def show(*command: object) -> list[str]:
-    line = [str(part) for part in command]
-    print(f'\n$ {" ".join(line)}', flush=True)
-    return line
-
-
-def run(*command: object) -> None:
-    if (status := subprocess.run(show(*command)).returncode) != 0:
-        sys.exit(f'error: the command above ended with status {status}')
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_debug_argument(parser)
+    return parser.parse_args()
 
 
 def draw_sheet(folder: Path, out_file: Path, count: int = 12, columns: int = 3) -> None:
-    """The first images of a folder on one page."""
+    """Draw the first images of a folder on one page."""
     images = sorted(folder.glob('*.png'))[:count]
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.2 * rows), squeeze=False)
@@ -56,17 +53,17 @@ def draw_sheet(folder: Path, out_file: Path, count: int = 12, columns: int = 3) 
     plt.close(figure)
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
     start = time.monotonic()
     # Two processes whatever the machine has, so that the demo goes through the distributed path.
     processes = min(2, torch.cuda.device_count()) or 2
     shutil.rmtree(WORK_DIR, ignore_errors=True)
 
-    run(sys.executable, TOOLS / 'dataset_converters' / 'digits_to_coco.py', DATA)
+    run_command(sys.executable, TOOLS / 'dataset_converters' / 'digits_to_coco.py', DATA)
     options = ['--cfg-options', f'train_dataloader.batch_size={BATCH_SIZE // processes}']
-    run(TOOLS / 'dist_train.sh', CONFIG, processes, '--work-dir', WORK_DIR, *options)
+    run_command(TOOLS / 'dist_train.sh', CONFIG, processes, '--work-dir', WORK_DIR, *options)
     checkpoint = Path((WORK_DIR / 'last_checkpoint').read_text())
-    run(
+    run_command(
         sys.executable,
         TOOLS / 'test.py',
         CONFIG,
@@ -76,7 +73,7 @@ def main() -> None:
         '--show-dir',
         'predictions',
     )
-    run(sys.executable, TOOLS / 'analysis_tools' / 'plot_curves.py', WORK_DIR, '--out', WORK_DIR / 'curves.png')
+    run_command(sys.executable, TOOLS / 'analysis_tools' / 'plot_curves.py', WORK_DIR, '--out', WORK_DIR / 'curves.png')
 
     test_run = sorted(path for path in (WORK_DIR / 'test').iterdir() if path.is_dir())[-1]
     sheet = WORK_DIR / 'predictions.png'
@@ -99,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_tool(parse_args, main)

@@ -58,8 +58,8 @@ def main() -> None:
 
 
 def environment_key() -> str:
-    """Changes with everything that decides what the environment holds."""
-    content = b''.join(path.read_bytes() for path in (LOCK, CUDA_LOCK, ROOT / 'setup.py', Path(__file__)))
+    """Return a text that changes with everything that decides what the environment holds."""
+    content = b''.join(path.read_bytes() for path in (LOCK, CUDA_LOCK, ROOT / 'pyproject.toml', Path(__file__)))
     return f'{platform.python_version()} {ROOT} {hashlib.sha256(content).hexdigest()}\n'
 
 
@@ -81,7 +81,7 @@ def check_prerequisites(venv: Path) -> None:
 
 
 def read_lock(path: Path) -> dict[str, str]:
-    """The pins of a lock file by package name, with their markers, which pip evaluates."""
+    """Read the pins of a lock file by package name, with their markers, which pip evaluates."""
     lines = (line.split('#')[0].strip() for line in path.read_text().splitlines())
     pins: dict[str, list[str]] = {}
     for line in filter(None, lines):
@@ -90,7 +90,7 @@ def read_lock(path: Path) -> dict[str, str]:
 
 
 def mmcv_wheel(venv: Path, pin: str) -> Path:
-    """A wheel of mmcv with its operators for the torch in ``venv``: from the cache, or built into it."""
+    """Find mmcv's wheel with its operators for the torch in ``venv`` in the cache, or build it into the cache."""
     probe = (
         'import sys, torch; cuda = torch.cuda.is_available(); '
         'print(torch.__version__, torch.version.cuda if cuda else "cpu", '
@@ -149,7 +149,7 @@ def mmcv_wheel(venv: Path, pin: str) -> Path:
 
 
 def cuda_home(venv: Path, version: str) -> Path:
-    """A CUDA toolkit of the version that torch was built with: the machine's, or NVIDIA's compiler from its wheels."""
+    """Find a CUDA toolkit of torch's version on the machine, or install NVIDIA's compiler from its wheels."""
     candidates = [os.environ.get('CUDA_HOME'), shutil.which('nvcc') and Path(shutil.which('nvcc')).parent.parent]
     for home in filter(None, [*candidates, '/usr/local/cuda']):
         nvcc = Path(home) / 'bin' / 'nvcc'
@@ -181,7 +181,7 @@ def pip(venv: Path) -> list:
 
 
 def pip_install(venv: Path, requirements: list[str]) -> None:
-    """``pip install`` of exactly these; ``--no-deps`` since the lock file names every dependency."""
+    """Install exactly these; ``--no-deps`` since the lock file names every dependency."""
     lines = [line for requirement in requirements for line in requirement.split('\n')]
     run([*pip(venv), 'install', '--no-deps', '--progress-bar', 'off', *lines])
 

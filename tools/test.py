@@ -14,9 +14,10 @@ from mmengine.evaluator import DumpResults
 from mmengine.runner import Runner
 
 import mmubn  # noqa: F401 - registers UBN for configs that do not import it
-from mmubn.engine import (
+from mmubn.cli import (
     UsageError,
     add_config_arguments,
+    add_debug_argument,
     add_run_arguments,
     build_runner,
     check_file,
@@ -41,6 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--tta', action='store_true', help="test with flipped images too, or as the config's tta_model says"
     )
+    add_debug_argument(parser)
     return parser.parse_args()
 
 
@@ -61,7 +63,7 @@ def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def place_drawings(runner: Runner, folder: str) -> None:
-    """MMPretrain's hook takes its folder from where it is called, MMDetection's from the folder of the run."""
+    """Put MMPretrain's drawings, as MMDetection's are, into the folder of the run."""
     from mmpretrain.engine.hooks import VisualizationHook  # a detector needs no MMPretrain
 
     for hook in runner.hooks:
@@ -89,8 +91,7 @@ def use_test_time_augmentation(cfg: Config) -> None:
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
     if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
         raise UsageError(f'--out must end in .pkl or .pickle, got {args.out}.')
     cfg = load_config(args)
@@ -119,4 +120,4 @@ def _dumper(cfg: Config) -> type[DumpResults]:
 
 
 if __name__ == '__main__':
-    run_tool(main)
+    run_tool(parse_args, main)

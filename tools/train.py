@@ -9,9 +9,10 @@ Examples:
 import argparse
 
 import mmubn  # noqa: F401 - registers UBN for configs that do not import it
-from mmubn.engine import (
+from mmubn.cli import (
     UsageError,
     add_config_arguments,
+    add_debug_argument,
     add_run_arguments,
     build_runner,
     check_file,
@@ -20,8 +21,8 @@ from mmubn.engine import (
     run_tool,
     set_run,
 )
-from mmubn.faults import make_resumable
-from mmubn.mixed_precision import use_mixed_precision
+from mmubn.openmmlab.mixed_precision import use_mixed_precision
+from mmubn.openmmlab.resumption import make_resumable
 
 
 def parse_args() -> argparse.Namespace:
@@ -41,11 +42,11 @@ def parse_args() -> argparse.Namespace:
         metavar='CHECKPOINT',
         help='resume from this checkpoint; without a value, from the last one in the work dir, if any',
     )
+    add_debug_argument(parser)
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
     cfg = load_config(args)
     set_run(cfg, args)
     if args.amp:
@@ -65,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    run_tool(main)
+    run_tool(parse_args, main)

@@ -6,7 +6,7 @@ _base_ = [
     'mmpretrain::_base_/schedules/cifar10_bs128.py',
     'mmpretrain::_base_/default_runtime.py',
 ]
-custom_imports = dict(imports=['mmubn', 'mmubn.models'], allow_failed_imports=False)
+custom_imports = dict(imports=['mmubn', 'mmubn.openmmlab.models'], allow_failed_imports=False)
 
 train_dataloader = dict(batch_size=128)
 val_dataloader = dict(batch_size=128)

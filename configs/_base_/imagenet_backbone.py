@@ -4,4 +4,4 @@
 # prefix, is an error (strict=True in the configs).
 imagenet_checkpoints = 'checkpoints'
 
-custom_imports = dict(imports=['mmubn', 'mmubn.pretrained'], allow_failed_imports=False)
+custom_imports = dict(imports=['mmubn', 'mmubn.openmmlab.pretrained'], allow_failed_imports=False)

@@ -1,5 +1,5 @@
 _base_ = './mask-rcnn_r18_fpn_ubn_digits.py'
-custom_imports = dict(imports=['mmubn', 'mmubn.pretrained'], allow_failed_imports=False)
+custom_imports = dict(imports=['mmubn', 'mmubn.openmmlab.pretrained'], allow_failed_imports=False)
 
 model = dict(
     type='FasterRCNN',

@@ -1,8 +1,8 @@
-"""Normalization layers: state and validation on top of :mod:`mmubn.functional` and :mod:`mmubn.kernels`."""
+"""Normalization layers: state and validation on top of :mod:`mmubn.functional` and :mod:`mmubn.ops`."""
 
-from mmubn.layers.core import UnifiedNorm
 from mmubn.layers.sync_ubn import SyncUBN
 from mmubn.layers.ubn import UBN
+from mmubn.layers.unified_norm import UnifiedNorm
 from mmubn.layers.variants import BNET, IEBN, RBN, UnitizedBN
 
 __all__ = ['BNET', 'IEBN', 'RBN', 'UBN', 'SyncUBN', 'UnifiedNorm', 'UnitizedBN']

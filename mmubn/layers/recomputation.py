@@ -12,13 +12,13 @@ __all__ = ['Call', 'RecentCalls']
 
 
 class Call(NamedTuple):
-    """One training forward: what tells it from others, and what its repetition must not decide anew."""
+    """One training forward: what identifies it, and what its repetition must not decide again."""
 
     a: Tensor  # instance means of its input, (N, C)
     mean: Tensor  # the statistics that normalised, (C,)
     var: Tensor
     condensed: Tensor  # whether they were the batch's, 0-d bool
-    count: int | Tensor  # values per channel of the batch
+    num_values: int | Tensor  # values per channel of the batch
 
 
 class RecentCalls:
@@ -26,8 +26,8 @@ class RecentCalls:
 
     With activation checkpointing (``torch.utils.checkpoint``, reentrant or not; ``with_cp=True`` of a backbone) the
     forward runs again during the backward. By then the averages have moved and the gate may have flipped: the second
-    run must use the first one's decision, move nothing and call no collective. Its input tells which call it repeats;
-    the choice is made on the device.
+    run must use the first one's decision, move nothing and call no collective. Its input identifies the call that it
+    repeats; the choice is made on the device.
 
     The calls are no state: copies and pickles of a layer start without.
     """
@@ -49,9 +49,16 @@ class RecentCalls:
         calls = [call for call in self._calls if (call.a.shape, call.a.device) == (a.shape, a.device)]
         if len(calls) < 2:
             return calls[0] if calls else None
-        distance = torch.stack([(call.a - a).abs().sum() for call in calls])
-        which = distance.argmin()
-        mean, var, condensed = (torch.stack(values)[which] for values in list(zip(*calls, strict=True))[1:4])
-        counts = [call.count for call in calls]
-        count = torch.stack(counts)[which] if isinstance(counts[0], Tensor) else counts[0]  # of one shape, one count
-        return Call(a, mean, var, condensed, count)
+        nearest = torch.stack([(call.a - a).abs().sum() for call in calls]).argmin()
+
+        def choose(values: list[Tensor]) -> Tensor:
+            return torch.stack(values)[nearest]
+
+        counts = [call.num_values for call in calls if isinstance(call.num_values, Tensor)]
+        return Call(
+            a,
+            choose([call.mean for call in calls]),
+            choose([call.var for call in calls]),
+            choose([call.condensed for call in calls]),
+            choose(counts) if counts else calls[0].num_values,  # a number is the same for all calls of one shape
+        )

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmubn import functional as F
-from mmubn.kernels import Backend, Form, Parameters
+from mmubn import functional
 from mmubn.layers.ubn import UBN
+from mmubn.ops import Backend, BatchStatistics, Decision, Form, Gate, Moments, Parameters, Similarity
 
 __all__ = ['SyncUBN']
 
@@ -38,35 +38,33 @@ class SyncUBN(UBN, _BatchNorm):
     def _synchronizes(self) -> bool:
         return self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
-    def _decide(
-        self, x: Tensor, a: Tensor, v: Tensor, backend: Backend, form: Form, parameters: Parameters
-    ) -> tuple[Tensor, Tensor, Tensor, int | Tensor, tuple[Tensor, Tensor] | None]:
+    def _decide(self, x: Tensor, moments: Moments, backend: Backend, form: Form, parameters: Parameters) -> Decision:
         if not self._synchronizes():
-            return super()._decide(x, a, v, backend, form, parameters)
-        count, pairs, statistics = a.new_zeros(1), a.new_zeros(2), a.new_zeros(2, self.num_features)
-        if x.numel() > 0:  # a process without samples adds nothing, but the others wait for it
-            count.fill_(x.numel() // self.num_features)
-            statistics = torch.stack(F.batch_statistics(a, v, self.center_weight))
-            if self._gate_acts():
-                total, number = backend.similarity_sums(x, a, v, self.similarity_samples)
-                pairs = torch.stack([total, total.new_tensor(number)])
-        gathered = _all_gather(torch.cat([count, pairs, statistics.flatten()]))
-        counts, totals, pairs = gathered[:, :3].unbind(1)
-        # mean = sum_p w_p mean_p and var = sum_p w_p (var_p + (mean_p - mean)^2), w_p the share of the values
-        share = counts / counts.sum().clamp_min(1)
-        means, variances = gathered[:, 3:].chunk(2, dim=1)
-        mean = share @ means
-        batch = mean, share @ (variances + (means - mean).square())
+            return super()._decide(x, moments, backend, form, parameters)
+        gate = self._gate(x, moments)
+        similarity, batch = self._gather(x, moments, backend, gate)
+        return backend.decide_by(similarity, batch, gate, self._running(gate))
 
-        tau, threshold = self.running_similarity, None
-        if self._gate_acts():
-            threshold = self.threshold
-            tau = F.update_running_similarity(tau, totals.sum() / pairs.sum(), self.similarity_momentum)
-        condensed = F.is_condensed(tau, threshold)
-        running = self.running_mean, self.running_var
-        selected, moved = F.select_statistics(batch, running, condensed, self._momentum(condensed), counts.sum())
-        self._move(moved, tau)
-        return *selected, condensed, counts.sum(), None
+    def _gather(
+        self, x: Tensor, moments: Moments, backend: Backend, gate: Gate | Tensor
+    ) -> tuple[Similarity, BatchStatistics]:
+        """The sums of all processes, by one collective. A process without samples adds nothing to them."""
+        a, v = moments
+        count, pairs, statistics = a.new_zeros(1), a.new_zeros(2), a.new_zeros(2, self.num_features)
+        if x.numel() > 0:
+            count.fill_(x.numel() // self.num_features)
+            statistics = torch.stack(functional.batch_statistics(a, v, self.center_weight))
+            if isinstance(gate, Gate):
+                own = backend.similarity_sums(x, moments, gate.max_samples)
+                pairs = torch.stack([own.total, own.total.new_tensor(own.pairs)])
+        gathered = _all_gather(torch.cat([count, pairs, statistics.flatten()]))
+        counts, totals, pairs, means, variances = gathered.split([1, 1, 1, self.num_features, self.num_features], dim=1)
+        # mean = sum_p w_p mean_p and var = sum_p w_p (var_p + (mean_p - mean)^2), w_p the share of the values
+        total_count = counts.sum()
+        shares = counts.flatten() / total_count.clamp_min(1)
+        mean = shares @ means
+        var = shares @ (variances + (means - mean).square())
+        return Similarity(totals.sum(), pairs.sum()), BatchStatistics(mean, var, total_count)
 
 
 def _all_gather(vector: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmubn.kernels import Backend, Gate
-from mmubn.layers.core import UnifiedNorm, is_int, is_number, require
+from mmubn.layers.arguments import is_int, is_number, require
+from mmubn.layers.unified_norm import UnifiedNorm
+from mmubn.ops import Gate, Moments
 
 __all__ = ['UBN']
 
@@ -120,10 +121,10 @@ class UBN(UnifiedNorm, _BatchNorm):
         self.similarity_samples = similarity_samples
 
     def _gate_acts(self) -> bool:
-        """Not without a threshold, and not while a tool re-estimates the running statistics, batch after batch."""
+        """Whether the similarity decides: not without a threshold, and not while a tool re-estimates the statistics."""
         return self.threshold is not None and self.momentum is not None and self.momentum < 1
 
-    def _gate(self, x: Tensor, a: Tensor, v: Tensor, backend: Backend) -> Tensor | Gate:
-        if not self._gate_acts():
-            return super()._gate(x, a, v, backend)
+    def _gate(self, x: Tensor, moments: Moments) -> Gate | Tensor:
+        if self.threshold is None or not self._gate_acts():
+            return super()._gate(x, moments)
         return Gate(self.running_similarity, self.similarity_momentum, self.threshold, self.similarity_samples)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmubn.layers.core import UnifiedNorm
+from mmubn.layers.unified_norm import UnifiedNorm
 
 __all__ = ['BNET', 'IEBN', 'RBN', 'UnitizedBN']
 

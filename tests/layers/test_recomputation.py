@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import batch, randomize
 from mmdet.models.backbones import ResNet
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -13,23 +14,15 @@ from mmubn.layers import UBN
 MODES = {'reentrant': True, 'not reentrant': False}
 
 
-def layer_at(similarity, seed=0):
+def layer_at(similarity):
     """A layer whose gate is about to flip: with this momentum one batch decides."""
-    torch.manual_seed(seed)
-    layer = UBN(3, similarity_momentum=0.5).double()
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-        layer.running_mean.normal_()
-        layer.running_var.uniform_(0.5, 1.5)
+    layer = randomize(UBN(3, similarity_momentum=0.5).double())
     layer.running_similarity.fill_(similarity)
     return layer
 
 
 def batches(count, shared=0.0):
-    generator = torch.Generator().manual_seed(1)
-    pattern = torch.randn(3, 6, 5, generator=generator, dtype=torch.float64)
-    return [torch.randn(4, 3, 6, 5, generator=generator, dtype=torch.float64) + shared * pattern for _ in range(count)]
+    return [batch(seed=seed, shared=shared, dtype=torch.float64) for seed in range(count)]
 
 
 def train(layer, inputs, call):
@@ -80,7 +73,7 @@ def test_several_steps(reentrant):
     ]
     models[1].load_state_dict(models[0].state_dict())
     for step in range(15):
-        x = batches(step + 1, shared=3.0 if step < 4 else 0.0)[-1].requires_grad_()
+        x = batch(seed=step, shared=3.0 if step < 4 else 0.0, dtype=torch.float64).requires_grad_()
         for model, call in zip(
             models, (lambda m, x: m(x), lambda m, x: checkpoint(m, x, use_reentrant=reentrant)), strict=True
         ):
@@ -115,3 +108,13 @@ def test_calls_are_no_state():
     layer(batches(1)[0])
     assert len(layer._calls._calls) == 1
     assert len(copy.deepcopy(layer)._calls._calls) == 0
+    layer.eval()(batches(1)[0])
+    assert len(layer._calls._calls) == 1, 'evaluation decides nothing that a repetition must not decide again'
+
+
+def test_calls_of_long_ago_are_forgotten():
+    """Each holds tensors on the device: a layer that is trained for days must not gather them."""
+    layer = layer_at(0.5)
+    for x in batches(20):
+        layer(x)
+    assert len(layer._calls._calls) == 16

@@ -7,8 +7,10 @@ import oracle
 import pytest
 import sync_workers
 import torch
+from helpers import batch, randomize
 
-from mmubn.layers import UBN, SyncUBN
+from mmubn.layers import UBN, SyncUBN, sync_ubn
+from mmubn.ops import Backend, use_backend
 
 OPTIONS = {
     'default': {},
@@ -23,28 +25,19 @@ SIZES = {2: [(2, 2), (3, 1), (0, 3)], 4: [(2, 2, 2, 2), (1, 3, 0, 2)]}
 HEIGHT, WIDTH, CHANNELS, STEPS = 5, 4, 3, 14
 
 
-def randomized(options, seed=0):
-    torch.manual_seed(seed)
-    layer = UBN(CHANNELS, similarity_momentum=0.4, **options).double()
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.add_(0.5 * torch.randn_like(parameter))
-        layer.running_mean.normal_()
-        layer.running_var.uniform_(0.5, 1.5)
-    return layer
+def ubn(options):
+    return randomize(UBN(CHANNELS, similarity_momentum=0.4, **options).double())
 
 
 def batches(sizes):
     """Batches that are condensed, then not, then condensed again: the gate closes and opens."""
-    pattern = torch.randn(CHANNELS, HEIGHT, WIDTH, dtype=torch.float64)
     for step in range(STEPS):
         shared = 3.0 if step < 3 or step >= 11 else 0.0
-        x = torch.randn(sum(sizes), CHANNELS, HEIGHT, WIDTH, dtype=torch.float64) + shared * pattern
-        yield x.split(sizes)
+        yield batch((sum(sizes), CHANNELS, HEIGHT, WIDTH), step, shared, torch.float64).split(sizes)
 
 
 def scenario(sizes, options, **extra):
-    layer = randomized(options)
+    layer = ubn(options)
     parts = list(batches(sizes))
     options = dict(options, similarity_momentum=0.4)
     return {'options': options, 'state_dict': layer.state_dict(), 'batches': parts, 'sizes': sizes, **extra}
@@ -62,7 +55,8 @@ def run(request, tmp_path_factory):
         scenarios[f'checkpoint reentrant={reentrant}'] = scenarios[plain] | {'reentrant': reentrant}
     scenarios['evaluation'] = scenarios[plain] | {'training': False}
     other_sizes = [
-        [torch.randn(2, CHANNELS, 3 + rank, 5 - rank, dtype=torch.float64) for rank in range(world)] for _ in range(2)
+        [batch((2, CHANNELS, 3 + rank, 5 - rank), seed, dtype=torch.float64) for rank in range(world)]
+        for seed in range(2)
     ]
     scenarios['other map sizes'] = scenarios[plain] | {'batches': other_sizes}
     not_finite = copy.deepcopy(scenarios[plain])
@@ -84,7 +78,7 @@ def test_equals_one_process_on_the_whole_batch(run, name):
         options = {'eps': 1e-5, **setting['options']}
         kernel_size = options.pop('kernel_size', 3)
         options.pop('centering', None)
-        layer = randomized(OPTIONS[name])
+        layer = ubn(OPTIONS[name])
         parameters = {key: p.detach().clone().requires_grad_() for key, p in layer.named_parameters()}
         assert ('neighbor_weight' in parameters) is (kernel_size > 1)
         state = {
@@ -148,7 +142,7 @@ def test_activation_checkpointing(run, reentrant):
 def test_maps_of_other_sizes_weigh_by_their_values(run):
     world, _, scenarios, seen = run
     setting = scenarios['other map sizes']
-    layer = randomized({})
+    layer = ubn({})
     w = layer.center_weight.detach()[:, None, None]
     parts = setting['batches'][0]
     centred = [x + w * x.mean((2, 3), keepdim=True) for x in parts]
@@ -173,10 +167,41 @@ def test_outside_distributed_training_it_is_ubn():
     torch.manual_seed(0)
     ubn, sync = UBN(3), SyncUBN(3)
     assert ubn.state_dict().keys() == sync.state_dict().keys()
-    x = torch.randn(4, 3, 5, 5)
+    x = batch((4, 3, 5, 5))
     for training in (True, False):
         ubn.train(training), sync.train(training)
         assert torch.equal(ubn(x), sync(x))
     torch.testing.assert_close(ubn.state_dict(), sync.state_dict(), rtol=0, atol=0)
     with pytest.raises(ValueError, match='more than 1 value'):
         sync.train()(torch.zeros(1, 3, 1, 1))
+
+
+@pytest.mark.parametrize('backend', ['reference', 'torch'])
+@pytest.mark.parametrize('similarity', [0.9, -0.9], ids=['open', 'closed'])
+def test_it_decides_by_the_same_function_as_ubn(monkeypatch, backend, similarity):
+    """With the sums of all processes, here of one, in the place of those of its own batch."""
+    calls = []
+    decide_by = Backend.decide_by
+
+    def recorded(self, *arguments):
+        calls.append((self.name, *arguments))
+        return decide_by(self, *arguments)
+
+    monkeypatch.setattr(Backend, 'decide_by', recorded)
+    monkeypatch.setattr(SyncUBN, '_synchronizes', lambda self: self.training)
+    monkeypatch.setattr(sync_ubn, '_all_gather', lambda vector: vector[None])
+    layers = [randomize(norm(CHANNELS)).double() for norm in (UBN, SyncUBN)]
+    outputs = []
+    with use_backend(backend), torch.no_grad():
+        for layer in layers:
+            layer.running_similarity.fill_(similarity)
+            outputs.append(layer(batch((4, CHANNELS, HEIGHT, WIDTH), dtype=torch.float64)))
+    of_ubn, of_sync_ubn = calls
+    assert of_ubn[0] == of_sync_ubn[0] == backend
+    for given, expected in zip(of_sync_ubn[1:3], of_ubn[1:3], strict=True):  # the similarity, and the statistics
+        assert given._fields == expected._fields
+        for one, other in zip(given, expected, strict=True):
+            torch.testing.assert_close(torch.as_tensor(one).double(), torch.as_tensor(other).double())
+    torch.testing.assert_close(outputs[1], outputs[0])
+    torch.testing.assert_close(layers[1].state_dict(), layers[0].state_dict())
+    assert layers[1].num_batches_tracked == (similarity > 0)

@@ -11,6 +11,8 @@ from pathlib import Path
 import forks
 import torch
 
+from mmubn.openmmlab.loading import accepted_checkpoints
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIG = ROOT / 'configs' / 'digits' / 'mask-rcnn_r18_fpn_ubn_digits.py'
 
@@ -32,6 +34,17 @@ def tool(name, *arguments, **environment):
     return forks.together(_run_tool, (name, arguments, environment))[0]
 
 
+def call(monkeypatch, name, *arguments):
+    """Run a tool as ``__main__`` in this process; its exit status."""
+    path = ROOT / 'tools' / name
+    monkeypatch.setattr(sys, 'argv', [str(path), *map(str, arguments)])
+    try:
+        runpy.run_path(str(path), run_name='__main__')
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
 def ranks(count, name, *arguments):
     """Run a tool in as many processes, each told of the others as torchrun does; of each what ``tool`` returns."""
     everyone = dict(
@@ -49,7 +62,6 @@ def _run_tool(name, arguments, environment):
     os.environ.update(environment)
     torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))  # which OpenMP read before the fork
     sys.argv = [str(part) for part in (path, *arguments)]
-    sys.path.insert(0, str(path.parent))
     runpy.run_path(str(path), run_name='__main__')
 
 
@@ -70,6 +82,12 @@ def data_options(folder):
         ]
     annotations = f'{folder}/annotations/instances_val2017.json'
     return [*options, f'val_evaluator.ann_file={annotations}', f'test_evaluator.ann_file={annotations}']
+
+
+def checkpoint_of(path):
+    """The content of a checkpoint of MMEngine, on the CPU, read without running code that may be in it."""
+    with accepted_checkpoints():
+        return torch.load(path, weights_only=True, map_location='cpu')
 
 
 def metrics(work_dir):

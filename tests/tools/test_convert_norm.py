@@ -1,12 +1,10 @@
 """tools/model_converters/convert_norm.py."""
 
 import argparse
-import runpy
-import sys
 
 import pytest
 import torch
-from cli import ROOT
+from cli import call
 from torch import nn
 
 from mmubn import BNET, IEBN, RBN, UBN, UnitizedBN
@@ -19,13 +17,7 @@ def run(monkeypatch, capsys):
     """The tool in this process: (exit status, what it said)."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, 'argv', [TOOL, *map(str, arguments)])
-        status = 0
-        try:
-            runpy.run_path(str(ROOT / 'tools' / TOOL), run_name='__main__')
-        except SystemExit as end:
-            status = end.code
-        return status, ''.join(capsys.readouterr())
+        return call(monkeypatch, TOOL, *arguments), ''.join(capsys.readouterr())
 
     return run
 

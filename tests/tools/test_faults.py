@@ -14,14 +14,13 @@ from pathlib import Path
 import forks
 import psutil
 import pytest
-import torch
 import toy
-from cli import CONFIG, ROOT, free_port, ranks, run, tool
+from cli import CONFIG, ROOT, checkpoint_of, free_port, ranks, run, tool
 from mmengine.config import Config
 from mmengine.fileio import LocalBackend
 
-import mmubn  # noqa: F401 - lets torch.load read MMEngine's checkpoints
-from mmubn.faults import AtomicLocalBackend, make_resumable, write_atomically
+from mmubn.openmmlab.hooks.checkpoint import AtomicLocalBackend, write_atomically
+from mmubn.openmmlab.resumption import make_resumable
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {'PYTHONPATH': str(HERE)}
@@ -46,7 +45,7 @@ def check_whole(work_dir, after):
     """All checkpoints are whole; the one that ``last_checkpoint`` names exists."""
     for path in work_dir.glob('*.pth'):
         try:
-            torch.load(path, weights_only=True)
+            checkpoint_of(path)
         except Exception as error:
             raise AssertionError(f'{after}: {path.name} is truncated') from error
     last = work_dir / 'last_checkpoint'
@@ -129,13 +128,13 @@ class TestMakeResumable:
             make_resumable(cfg)
         assert cfg.default_hooks == dict(checkpoint=dict(type='AtomicCheckpointHook', interval=3))
         assert cfg.custom_hooks == [dict(type='IterationSeedHook')]
-        assert cfg.custom_imports.imports == ['mmubn.faults']
+        assert cfg.custom_imports.imports == ['mmubn.openmmlab.resumption']
 
     def test_without_hooks(self):
         cfg = Config(dict(custom_imports=dict(imports='mine')))
         make_resumable(cfg)
         assert cfg.default_hooks.checkpoint == dict(type='AtomicCheckpointHook', interval=1)
-        assert cfg.custom_imports.imports == ['mine', 'mmubn.faults']
+        assert cfg.custom_imports.imports == ['mine', 'mmubn.openmmlab.resumption']
 
     @pytest.mark.parametrize('checkpoint', [None, dict(type='MyCheckpointHook')])
     def test_leaves_what_is_not_mmengine_s(self, checkpoint):
@@ -206,7 +205,7 @@ class TestResumption:
         """Each has its own running statistics, and its gate depends on them."""
         toy.config('', validate=False, workers=1, persistent=True).dump(tmp_path / 'config.py')
         self.resume_two_processes(tmp_path / 'config.py', tmp_path, ['--cfg-options'], 6)
-        checkpoint = torch.load(tmp_path / 'whole' / 'epoch_1.pth', weights_only=True)
+        checkpoint = checkpoint_of(tmp_path / 'whole' / 'epoch_1.pth')
         first, second = checkpoint['rank_buffers']
         assert first == {}
         assert 'layers.1.running_mean' in second

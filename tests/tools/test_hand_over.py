@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cli import ROOT, data_options, metrics, tool
+from cli import ROOT, checkpoint_of, data_options, metrics, tool
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.hooks import Hook
@@ -15,7 +15,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 import mmubn
-from mmubn.engine import add_config_arguments, load_config
+from mmubn.cli import add_config_arguments, load_config
 
 CLASSIFIER = ROOT / 'configs' / 'digits' / 'resnet18-ubn_digits.py'
 DETECTOR = ROOT / 'configs' / 'digits' / 'faster-rcnn_r18_fpn_ubn_digits.py'
@@ -28,7 +28,7 @@ RESNET = (
 
 
 def backbone_of(checkpoint):
-    state_dict = torch.load(checkpoint, weights_only=True, map_location='cpu')['state_dict']
+    state_dict = checkpoint_of(checkpoint)['state_dict']
     return {key.removeprefix('backbone.'): value for key, value in state_dict.items() if key.startswith('backbone.')}
 
 
@@ -197,7 +197,7 @@ def test_a_detector_starts_from_a_classifier_and_trains(name, classifier, digits
 
 
 def test_a_detector_does_not_start_from_what_does_not_fit(classifier, digits, tmp_path):
-    checkpoint = torch.load(classifier, weights_only=True, map_location='cpu')
+    checkpoint = checkpoint_of(classifier)
     del checkpoint['state_dict']['backbone.layer4.1.conv2.weight']
     torch.save(checkpoint, tmp_path / 'damaged.pth')
     runner = narrow(RESNET[0], tmp_path / 'damaged.pth', digits, tmp_path)

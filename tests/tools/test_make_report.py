@@ -2,25 +2,26 @@
 
 import base64
 import io
+import itertools
 import json
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
-from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
-from cli import CONFIG, ROOT
+from cli import CONFIG, call
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
-from run_logs import call, training, validation, write_log
+from run_logs import training, validation, write_log
 
-from mmubn.runs import LayerLog
+from mmubn.openmmlab.hooks.layer_log import LayerLog
 
+TOOL = 'analysis_tools/make_report.py'
 START = '20260101_120000'
 SECTIONS = [
     'Summary',
@@ -70,16 +71,6 @@ class Page(HTMLParser):
         return [[cell.strip() for cell in row.split('\n') if cell.strip()] for row in self.texts['tr']]
 
 
-@pytest.fixture(scope='module', autouse=True)
-def tool():
-    """The tool, which imports others from its folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / 'tools' / 'analysis_tools'))
-        import make_report
-
-        yield make_report
-
-
 def write_hook_files(start):
     layers = ['backbone.<bn1>', 'backbone.bn2']
     log = LayerLog(start / 'feature_condensation.jsonl', layers, types=['UBN'] * 2, threshold=0.3, num_samples=4)
@@ -106,7 +97,7 @@ def write_run(run, values=(40.0, 60.0), start=START):
 
 def make(monkeypatch, work_dir):
     """The page that the tool makes of ``work_dir``."""
-    assert call(monkeypatch, 'make_report.py', work_dir) == 0
+    assert call(monkeypatch, TOOL, work_dir) == 0
     return Page((work_dir / 'report.html').read_text())
 
 
@@ -268,8 +259,8 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_shown(monkeypatch, tmp_pat
     page = make(monkeypatch, tmp_path)
     assert page.texts['h2'][0] == 'What could not be read'
     assert page.texts['h2'][1:] == [name for name in SECTIONS if name != 'Feature condensation, layer by layer']
-    notes, told = ' '.join(page.texts['p']), capsys.readouterr().out
-    for text in (notes, told):
+    notes, printed = ' '.join(page.texts['p']), capsys.readouterr().out
+    for text in (notes, printed):
         assert f'{log}, line 4: cut off' in text
         assert f'{tmp_path}/*/feature_condensation.jsonl' in text
         assert f'{START}.log: cannot be read: No such file' in text
@@ -279,13 +270,13 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_shown(monkeypatch, tmp_pat
 
 
 def test_a_folder_without_runs(monkeypatch, tmp_path, capsys):
-    assert call(monkeypatch, 'make_report.py', tmp_path) == 2
+    assert call(monkeypatch, TOOL, tmp_path) == 2
     assert f'{tmp_path} has no run with a log' in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('missing', ['checkpoint', 'data'])
-def test_without_checkpoint_or_data_the_page_says_which(tool, report, tmp_path, missing):
+def test_without_checkpoint_or_data_the_page_says_which(monkeypatch, report, tmp_path, missing):
     run = tmp_path / 'run'
     shutil.copytree(report, run)
     config = next(run.glob('*/vis_data/config.py'))
@@ -295,19 +286,14 @@ def test_without_checkpoint_or_data_the_page_says_which(tool, report, tmp_path, 
     else:
         config.write_text(re.sub(r"data_root='[^']*'", "data_root='/elsewhere/'", config.read_text()))
         expected = 'the val annotation file /elsewhere/annotations/instances_val2017.json does not exist'
-    section = tool.examples(tool.read_run(run, run), alone=True)
-    assert not section.pictures
-    assert expected in section.lines[0]
-    assert '--show-dir' in section.lines[1]
+    page = make(monkeypatch, run)
+    assert not any('jpeg' in uri for uri in page.images)
+    why, what_to_do = next(pair for pair in itertools.pairwise(page.texts['p']) if pair[0].startswith('None: '))
+    assert expected in why
+    assert '--show-dir' in what_to_do
 
 
-def test_a_moved_work_dir_has_its_checkpoint(tool, tmp_path):
-    (tmp_path / 'last_checkpoint').write_text('/elsewhere/epoch_2.pth\n')
-    (tmp_path / 'epoch_2.pth').touch()
-    assert tool.last_checkpoint(tmp_path) == tmp_path / 'epoch_2.pth'
-
-
-def test_a_classifier_predicts(tool, tmp_path):
+def test_a_classifier_predicts(monkeypatch, tmp_path):
     write_run(tmp_path / 'run')
     for name in '0123456789':
         folder = tmp_path / 'data' / 'val' / name
@@ -319,20 +305,12 @@ def test_a_classifier_predicts(tool, tmp_path):
     init_default_scope('mmpretrain')
     torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), tmp_path / 'run' / 'epoch_2.pth')
     (tmp_path / 'run' / 'last_checkpoint').write_text('epoch_2.pth')
-    lines, pictures = tool.predicted(tool.read_run(tmp_path / 'run', tmp_path))
-    assert [picture.caption for picture in pictures] == [f'{i}-image' for i in range(1, 7)]
-    assert 'epoch_2.pth' in lines[0]
-    for picture in pictures:
-        with Image.open(io.BytesIO(base64.b64decode(picture.uri.split(',')[1]))) as image:
+    page = make(monkeypatch, tmp_path / 'run')
+    assert 'epoch_2.pth on the first validation images.' in ' '.join(page.texts['p'])
+    captions = [text.strip() for text in page.texts['figcaption']]
+    assert captions[-6:] == [f'{i}-image' for i in range(1, 7)]
+    pictures = [uri for uri in page.images if 'jpeg' in uri]
+    assert len(pictures) == 6
+    for uri in pictures:
+        with Image.open(io.BytesIO(base64.b64decode(uri.split(',')[1]))) as image:
             assert image.size == (224, 224)
-
-
-def test_an_image_that_has_no_file_is_drawn_from_the_data(tool, tmp_path):
-    """As in CIFAR, whose data set is one file."""
-    seen = []
-    visualizer = SimpleNamespace(visualize_cls=lambda image, sample, resize, out_file: seen.append((image, out_file)))
-    inputs = torch.arange(24, dtype=torch.uint8).reshape(3, 2, 4)
-    tool.draw_sample(visualizer, {'inputs': inputs}, {}, tmp_path, 0)
-    ((image, out_file),) = seen
-    np.testing.assert_array_equal(image, np.arange(24).reshape(3, 2, 4).transpose(1, 2, 0))
-    assert out_file == str(tmp_path / '1-image.png')

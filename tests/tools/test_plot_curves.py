@@ -5,10 +5,11 @@ import json
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from cli import call
 from PIL import Image
-from run_logs import call, training, validation, write_log
+from run_logs import training, validation, write_log
 
-import mmubn.plots
+from mmubn.analysis import plots
 
 
 @pytest.fixture
@@ -16,17 +17,17 @@ def plot(tmp_path, monkeypatch, capsys):
     """Call the tool; returns its status, its figure, the caption and what it printed."""
     saved = []
 
-    def keep(figure, out, caption, save=mmubn.plots.save):
+    def keep(figure, out, caption, save=plots.save):
         saved.append((figure, caption))
         return save(figure, out, caption)
 
     def run(*arguments):
         saved.clear()
-        status = call(monkeypatch, 'plot_curves.py', *arguments, '--out', tmp_path / 'curves.png')
+        status = call(monkeypatch, 'analysis_tools/plot_curves.py', *arguments, '--out', tmp_path / 'curves.png')
         figure, caption = saved[0] if saved else (None, None)
         return status, figure, caption, capsys.readouterr()
 
-    monkeypatch.setattr(mmubn.plots, 'save', keep)
+    monkeypatch.setattr(plots, 'save', keep)
     return run
 
 
@@ -118,7 +119,7 @@ def test_a_run_that_has_not_validated_yet_is_named_in_the_caption(plot, tmp_path
     assert 'ubn top1: nothing logged.' in caption
 
 
-def test_a_cut_off_line_is_told_and_the_rest_shown(plot, tmp_path):
+def test_a_cut_off_line_is_reported_and_the_rest_shown(plot, tmp_path):
     log = write_run(tmp_path / 'bn', [3.0, 2.0], [50.0, 60.0])
     log.write_text(log.read_text()[:-20])
     status, figure, _, output = plot(tmp_path / 'bn')
@@ -128,7 +129,7 @@ def test_a_cut_off_line_is_told_and_the_rest_shown(plot, tmp_path):
     assert points(figure.axes[1].lines[0]) == [[1], [50.0]]
 
 
-def test_a_run_without_logs_is_told_in_one_line_after_the_others_were_plotted(plot, tmp_path):
+def test_a_run_without_logs_is_reported_in_one_line_after_the_others_were_plotted(plot, tmp_path):
     write_run(tmp_path / 'bn', [3.0], [50.0])
     status, figure, _, output = plot(tmp_path / 'none', tmp_path / 'bn')
     assert status == 2
@@ -146,7 +147,7 @@ def test_no_run_with_logs_writes_nothing(plot, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_metrics_that_no_run_has_are_told_with_those_that_are_there(plot, tmp_path):
+def test_metrics_that_no_run_has_are_reported_with_those_that_are_there(plot, tmp_path):
     write_run(tmp_path / 'bn', [3.0], [50.0])
     status, figure, _, output = plot(tmp_path / 'bn', '--metrics', 'top2', 'loss')
     assert status == 2

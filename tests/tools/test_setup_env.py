@@ -1,9 +1,10 @@
-"""tools/setup_env.py: the lock file, and what is told before minutes are spent. `make test` is the test of the rest."""
+"""tools/setup_env.py: the lock file, and what it reports before minutes are spent. `make test` tests the rest."""
 
-import importlib.util
 import re
+import runpy
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from cli import ROOT, run
@@ -13,10 +14,8 @@ SCRIPT = ROOT / 'tools' / 'setup_env.py'
 
 @pytest.fixture(scope='module')
 def setup_env():
-    spec = importlib.util.spec_from_file_location('setup_env', ROOT / 'tools' / 'setup_env.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """Its functions. They must run before the package is there, and so are not in it."""
+    return SimpleNamespace(**runpy.run_path(str(SCRIPT)))
 
 
 @pytest.mark.parametrize('name', ['lock', 'lock-cuda'])
@@ -56,7 +55,7 @@ def test_a_folder_that_is_no_environment_is_left_alone(tmp_path):
     assert f'{tmp_path} exists and is no virtual environment' in result.stdout
 
 
-def test_a_missing_compiler_is_told(tmp_path):
+def test_a_missing_compiler_is_reported(tmp_path):
     result = run(sys.executable, SCRIPT, tmp_path / 'venv', PATH=str(tmp_path), CXX='')
     assert result.returncode == 1
     assert 'apt-get install g++' in result.stdout

@@ -4,7 +4,8 @@ import json
 import re
 
 import pytest
-from run_logs import call, training, validation, write_log
+from cli import call
+from run_logs import training, validation, write_log
 
 
 @pytest.fixture
@@ -13,7 +14,7 @@ def compare(tmp_path, monkeypatch, capsys):
 
     def run(*arguments):
         out = tmp_path / 'out' / 'table.md'
-        status = call(monkeypatch, 'time_to_accuracy.py', *arguments, '--out', out)
+        status = call(monkeypatch, 'analysis_tools/time_to_accuracy.py', *arguments, '--out', out)
         text = out.read_text() if out.exists() else ''
         rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines() if line.startswith('|')]
         return status, {row[0]: row[1:] for row in rows[2:]}, text, capsys.readouterr()
@@ -102,7 +103,7 @@ def test_a_run_without_times_has_epochs_and_no_seconds(bn, tmp_path, compare):
     assert f'{run}: its logs have no time' in output.out
 
 
-def test_runs_that_cannot_be_compared_are_told_in_one_line_after_the_others(bn, ubn, tmp_path, compare):
+def test_runs_that_cannot_be_compared_are_reported_in_one_line_after_the_others(bn, ubn, tmp_path, compare):
     detector = write_run(tmp_path / 'detector', 0.1, [0.3], 'coco/bbox_mAP')
     untested = tmp_path / 'untested'
     write_log(untested, [training(10, 1)])
@@ -121,7 +122,7 @@ def test_nothing_to_compare_with_is_an_error_that_writes_nothing(bn, tmp_path, c
     assert f' of {tmp_path}/none;' in output.err
 
 
-def test_a_cut_off_line_is_told_and_the_rest_compared(bn, ubn, compare):
+def test_a_cut_off_line_is_reported_and_the_rest_compared(bn, ubn, compare):
     log = next(ubn[0].glob('*/vis_data/scalars.json'))
     log.write_text(log.read_text()[:-20])
     status, rows, _, output = compare('--reference', *bn, '--runs', ubn[0])

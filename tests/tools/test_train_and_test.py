@@ -12,11 +12,9 @@ import psutil
 import pytest
 import torch
 import toy
-from cli import CONFIG, ROOT, data_options, free_port, metrics, ranks, run, tool
+from cli import CONFIG, ROOT, checkpoint_of, data_options, free_port, metrics, ranks, run, tool
 from mmdet.datasets import CocoDataset
 from torchvision.models import resnet50
-
-import mmubn  # noqa: F401 - lets torch.load read MMEngine's checkpoints
 
 TOOLS = ROOT / 'tools'
 TOY = str(Path(toy.__file__).parent)
@@ -38,7 +36,7 @@ def coco(work_dir):
 
 
 def running_similarities(checkpoint):
-    state_dict = torch.load(checkpoint, weights_only=True, map_location='cpu')['state_dict']
+    state_dict = checkpoint_of(checkpoint)['state_dict']
     return {key: float(value) for key, value in state_dict.items() if key.endswith('running_similarity')}
 
 
@@ -126,7 +124,7 @@ class TestOneProcess:
         result = tool('train.py', config, *arguments)
         assert result.returncode == 0, result.stdout
         assert len(running_similarities(work_dir / 'epoch_1.pth')) == 53
-        state_dict = torch.load(work_dir / 'epoch_1.pth', weights_only=True)['state_dict']
+        state_dict = checkpoint_of(work_dir / 'epoch_1.pth')['state_dict']
         # The frozen stem keeps what the BatchNorm checkpoint was converted to: 1 / sigmoid(1).
         expected = 1 / torch.sigmoid(torch.tensor(1.0))
         torch.testing.assert_close(state_dict['backbone.bn1.weight'], expected.expand(64))
@@ -280,7 +278,7 @@ class TestBadInput:
         assert all(message in last for message in messages), last
 
     def test_a_checkpoint_that_does_not_fit_ends_in_one_line(self, small, tmp_path, trained):
-        checkpoint = torch.load(trained / 'epoch_2.pth', weights_only=True)
+        checkpoint = checkpoint_of(trained / 'epoch_2.pth')
         del checkpoint['state_dict']['backbone.layer1.0.bn1.scale_bias']
         torch.save(checkpoint, tmp_path / 'broken.pth')
         result = tool('test.py', CONFIG, tmp_path / 'broken.pth', '--work-dir', tmp_path, '--cfg-options', *small)

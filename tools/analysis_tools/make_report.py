@@ -25,34 +25,17 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import jinja2
-import mmcv
 import numpy as np
-import torch
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from mmengine.config import Config
-from mmengine.dataset import pseudo_collate
-from mmengine.device import get_device
-from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
-from mmengine.runner import load_checkpoint
-from mmengine.structures import BaseDataElement
-from mmengine.visualization import Visualizer
 from PIL import Image
-from plot_condensation import (
-    FILE,
-    Log,
-    draw_layers,
-    draw_means,
-    heat_map,
-    heat_map_height,
-    read_log,
-)
-from plot_curves import draw
 
 import mmubn  # noqa: F401 - registers UBN for configs that do not import it
-from mmubn.engine import UsageError, check_paths, run_tool
-from mmubn.plots import line_style, plt
-from mmubn.runs import (
+from mmubn.analysis.condensation import FILE, Log, draw_layers, draw_means, heat_map, heat_map_height, read_log
+from mmubn.analysis.plots import draw_mean, line_style, plt
+from mmubn.analysis.predictions import draw_predictions, last_checkpoint
+from mmubn.analysis.runs import (
     group_runs,
     metric_names,
     read_layer_log,
@@ -61,6 +44,7 @@ from mmubn.runs import (
     training_records,
     validation_records,
 )
+from mmubn.cli import UsageError, add_debug_argument, run_tool
 
 SHIFT_FILE = 'covariate_shift.jsonl'
 MAIN_METRICS = ('bbox_mAP', 'segm_mAP', 'top1')
@@ -78,6 +62,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=summary, epilog=details)
     parser.add_argument('work_dir', type=Path, help='work dir of a run, or a folder that has those of several')
     parser.add_argument('--out', type=Path, help='default: WORK_DIR/report.html')
+    add_debug_argument(parser)
     return parser.parse_args()
 
 
@@ -108,7 +93,7 @@ def drawn(figure: Figure, alt: str, caption: str) -> Picture:
 
 
 def photo(path: Path) -> Picture:
-    """An image file, no larger than a page needs it."""
+    """Read an image file, no larger than a page needs it."""
     file = io.BytesIO()
     with Image.open(path) as image:
         image.thumbnail((1000, 1000))
@@ -146,12 +131,12 @@ class Run:
 
     @property
     def unit(self) -> str:
-        """What the steps of validations count."""
+        """Return what the steps of validations count."""
         return 'epoch' if any('epoch' in record for record in training_records(self.records)) else 'iteration'
 
 
 def find_runs(work_dir: Path) -> list[Path]:
-    """The folders of all runs in ``work_dir``, itself included. Those that logged nothing are told.
+    """Find the folders of all runs in ``work_dir``, itself included. Report those that logged nothing.
 
     Raises:
         UsageError: There is none with a log.
@@ -183,7 +168,7 @@ def read_run(path: Path, work_dir: Path) -> Run:
 
 
 def attempt(read: Callable[[Path], T], path: Path) -> T | None:
-    """What ``read`` makes of ``path``; None, which is told, where that is an error."""
+    """Return what ``read`` makes of ``path``. Report an error, and return None."""
     try:
         return read(path)
     except UsageError as error:
@@ -192,12 +177,12 @@ def attempt(read: Callable[[Path], T], path: Path) -> T | None:
 
 
 def hook_log(run: Path, file_name: str, read: Callable[[Path], Log]) -> Log | None:
-    """What a hook measured; None where the run did without the hook, too."""
+    """Read what a hook measured; None also where the run did without the hook."""
     return attempt(read, run) if any(run.glob(f'*/{file_name}')) else None
 
 
 def read_text(path: Path) -> str:
-    """A text file; empty, which is told, where it cannot be read."""
+    """Read a text file. Report one that cannot be read, and return an empty text."""
     try:
         return path.read_text(errors='replace')
     except OSError as error:
@@ -206,8 +191,8 @@ def read_text(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def told(notes: list[str]) -> Iterator[None]:
-    """Add the lines that are printed meanwhile to ``notes``, and print them."""
+def noted(notes: list[str]) -> Iterator[None]:
+    """Print what is printed meanwhile, and add its lines to ``notes``."""
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output):
@@ -236,7 +221,7 @@ def summary(runs: list[Run]) -> Section:
 
 
 def wall_time(run: Run) -> datetime.timedelta:
-    """From the first to the last line of the log, summed over the starts."""
+    """Return the time from the first to the last line of the log, summed over the starts."""
     taken = datetime.timedelta()
     for log in run.logs:
         if lines := LINE.findall(log):
@@ -251,7 +236,7 @@ def last_and_highest(run: Run, tag: str) -> list[str]:
 
 
 def curves(runs: list[Run]) -> Section:
-    """Loss, learning rate and the main metrics; runs that differ in their seed alone are averaged."""
+    """Plot loss, learning rate and the main metrics; runs that differ in their seed alone are averaged."""
     by_path = {run.path: run for run in runs}
     groups = {label: [by_path[path] for path in paths] for label, paths in group_runs(by_path).items()}
     metrics = dict.fromkeys(tag for run in runs for tag in run.main_metrics)
@@ -262,7 +247,7 @@ def curves(runs: list[Run]) -> Section:
         figure, axis = plt.subplots(figsize=(4.6, 3.2))
         remarks = ''
         for i, (label, group) in enumerate(groups.items()):
-            remarks += draw(axis, [series(records_of(run.records), tag) for run in group], label, line_style(i))
+            remarks += draw_mean(axis, [series(records_of(run.records), tag) for run in group], label, line_style(i))
         axis.set(xlabel=unit, ylabel=name)
         if tag == 'loss':
             # A band that reaches 0 would leave nothing of a logarithmic axis for the lines.
@@ -279,7 +264,7 @@ def curves(runs: list[Run]) -> Section:
 
 
 def condensation(runs: list[Run]) -> Section:
-    """The mean over the layers, of all runs."""
+    """Plot the mean over the layers, of all runs."""
     logs = {run.path: run.condensation for run in runs if run.condensation}
     section = Section('Feature condensation')
     if logs:
@@ -330,7 +315,7 @@ def covariate_shift(run: Run) -> Section:
 
 
 def examples(run: Run, alone: bool) -> Section:
-    """Images that the run left or, for a page of this run alone, that its last checkpoint makes."""
+    """Show images that the run left or, on a page of this run alone, that its last checkpoint makes."""
     section = Section('Example predictions', size='small')
     if paths := left_images(run.path):
         section.lines = [f'The first images of {paths[0].parent}.']
@@ -352,7 +337,7 @@ def examples(run: Run, alone: bool) -> Section:
 
 
 def left_images(run: Path) -> list[Path]:
-    """The first images that the last start with images left, as tools/test.py --show-dir does."""
+    """Find the first images that the last start with images left, as tools/test.py --show-dir does."""
     images: dict[str, list[Path]] = {}
     for path in sorted(run.rglob('*')):
         start = next(filter(START.fullmatch, path.relative_to(run).parts), None)
@@ -372,59 +357,17 @@ def photos(paths: list[Path]) -> list[Picture]:
 
 
 def predicted(run: Run) -> tuple[list[str], list[Picture]]:
-    """What the last checkpoint predicts for the first validation images, drawn by the config's visualizer."""
+    """Draw what the last checkpoint predicts for the first validation images."""
     cfg = Config.fromfile(run.starts[-1] / 'vis_data' / 'config.py')
     checkpoint = last_checkpoint(run.path)
-    if cfg.get('val_dataloader') is None:
-        raise UsageError('the config has no val_dataloader.')
-    check_paths(cfg, splits=('val',), pretrained=False)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        contextlib.redirect_stdout(io.StringIO()),
-        plt.style.context('default'),  # the visualizers draw with Matplotlib, and not in the style of our plots
-        torch.no_grad(),
-    ):
-        init_default_scope(cfg.get('default_scope', 'mmengine'))
-        dataset = DATASETS.build(cfg.val_dataloader.dataset)
-        model = MODELS.build(cfg.model).to(get_device()).eval()
-        load_checkpoint(model, str(checkpoint), map_location='cpu', strict=True)
-        # Of a name of its own: one that exists would be taken, with where it writes.
-        visualizer = VISUALIZERS.build({**cfg.visualizer, 'vis_backends': None, 'name': f'report of {run.path}'})
-        visualizer.dataset_meta = dataset.metainfo
-        for i in range(min(NUM_EXAMPLES, len(dataset))):
-            data = dataset[i]
-            (sample,) = model.test_step(pseudo_collate([data]))
-            draw_sample(visualizer, data, sample, Path(folder), i)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        draw_predictions(cfg, checkpoint, Path(folder), NUM_EXAMPLES)
         pictures = photos(sorted(Path(folder).iterdir()))
     return [f'{checkpoint.name} on the first validation images. Detections: annotated left, predicted right.'], pictures
 
 
-def draw_sample(visualizer: Visualizer, data: dict, sample: BaseDataElement, folder: Path, index: int) -> None:
-    if 'img_path' in sample:
-        name, image = Path(sample.img_path).stem, mmcv.imread(sample.img_path, channel_order='rgb')
-    else:  # data sets that are one file, such as CIFAR
-        name, image = 'image', data['inputs'].permute(1, 2, 0).numpy()
-    out_file = str(folder / f'{index + 1}-{name}.png')
-    if hasattr(visualizer, 'visualize_cls'):  # MMPretrain
-        visualizer.visualize_cls(image, sample, resize=224, out_file=out_file)
-    else:
-        visualizer.add_datasample(name, image, sample, out_file=out_file)
-
-
-def last_checkpoint(run: Path) -> Path:
-    """The checkpoint that ``last_checkpoint`` names, also in a work dir that was moved."""
-    note = run / 'last_checkpoint'
-    if not note.exists():
-        raise UsageError(f'{note} does not exist.')
-    checkpoint = Path(note.read_text().strip())
-    checkpoint = checkpoint if checkpoint.exists() else run / checkpoint.name
-    if not checkpoint.exists():
-        raise UsageError(f'{checkpoint}, which {note} names, does not exist.')
-    return checkpoint
-
-
 def config_and_environment(run: Run) -> list[Section]:
-    """Those of the last start."""
+    """Show config and environment of the last start."""
     environment = ENVIRONMENT.search(run.logs[-1])
     texts = {'Config': run.config, 'Environment': environment[1] if environment else ''}
     return [
@@ -444,10 +387,9 @@ def render(title: str, sections: list[Section], runs: list[tuple[str, list[Secti
     return environment.get_template('report.html.j2').render(title=title, sections=sections, runs=runs)
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
     notes: list[str] = []
-    with told(notes):
+    with noted(notes):
         runs = [read_run(path, args.work_dir) for path in find_runs(args.work_dir)]
         sections = [summary(runs), curves(runs), condensation(runs)]
         parts = [(run.name, run_sections(run, alone=len(runs) == 1)) for run in runs]
@@ -463,4 +405,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    run_tool(main)
+    run_tool(parse_args, main)

@@ -14,11 +14,9 @@ import argparse
 import math
 from pathlib import Path
 
-from matplotlib.axes import Axes
-
-from mmubn.engine import UsageError, run_tool
-from mmubn.plots import line_style, plt, save
-from mmubn.runs import metric_names, over_seeds, read_runs, series, training_records, validation_records
+from mmubn.analysis.plots import draw_mean, line_style, plt, save
+from mmubn.analysis.runs import metric_names, read_runs, series, training_records, validation_records
+from mmubn.cli import UsageError, add_debug_argument, run_tool
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,28 +32,11 @@ def parse_args() -> argparse.Namespace:
         help=f'validation metrics to plot, of those logged (default: {" ".join(metrics)})',
     )
     parser.add_argument('--out', type=Path, required=True, help='where to write: out.png and out.svg')
+    add_debug_argument(parser)
     return parser.parse_args()
 
 
-def draw(axis: Axes, curves: list[tuple[list[int], list[float]]], label: str, style: dict) -> str:
-    """Draw the mean of the seeds' curves and a band of one standard deviation; return what the caption must say."""
-    steps, values = over_seeds(curves)
-    count = len(curves)
-    if len(steps):
-        mean = values.mean(0)
-        markers = max(1, len(steps) // 10)
-        axis.plot(steps, mean, label=f'{label}, {count} seeds' if count > 1 else label, markevery=markers, **style)
-        if count > 1:
-            spread = values.std(0, ddof=1)
-            axis.fill_between(steps, mean - spread, mean + spread, color=style['color'], alpha=0.2, linewidth=0)
-    logged = len(set().union(*(steps for steps, _ in curves)))
-    if not logged:
-        return f' {label}: nothing logged.'
-    return f' {label}: {len(steps)} of {logged} points, those that all seeds have.' if len(steps) < logged else ''
-
-
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
     groups, problems = read_runs(args.runs)
     validations = [validation_records(records) for members in groups.values() for records in members.values()]
     metrics = [name for name in args.metrics if any(series(records, name)[0] for records in validations)]
@@ -68,10 +49,10 @@ def main() -> None:
     remarks = ''
     for i, (label, members) in enumerate(groups.items()):
         losses = [series(training_records(records), 'loss') for records in members.values()]
-        remarks += draw(left, losses, f'{label} loss', line_style(i))
+        remarks += draw_mean(left, losses, f'{label} loss', line_style(i))
         for j, name in enumerate(metrics):
             values = [series(validation_records(records), name) for records in members.values()]
-            remarks += draw(right, values, f'{label} {name}', line_style(i + j * len(groups)))
+            remarks += draw_mean(right, values, f'{label} {name}', line_style(i + j * len(groups)))
 
     left.set(xlabel='iteration', ylabel='training loss', yscale='log')
     # A band that reaches down to 0 would leave nothing of the axis for the curves.
@@ -97,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    run_tool(main)
+    run_tool(parse_args, main)

@@ -18,8 +18,8 @@ import numpy as np
 from rich.console import Console
 from rich.markdown import Markdown
 
-from mmubn.engine import UsageError, run_tool
-from mmubn.runs import metric_names, over_seeds, read_runs, series, training_seconds, validation_records
+from mmubn.analysis.runs import metric_names, over_seeds, read_runs, series, training_seconds, validation_records
+from mmubn.cli import UsageError, add_debug_argument, run_tool
 
 NOTE = """\
 The epoch is the first after which the mean over the seeds is as high; in brackets, the last one. Time is the mean over
@@ -39,6 +39,7 @@ def parse_args() -> argparse.Namespace:
         '--metric', default='top1', metavar='NAME', help='of the validation, as bbox_mAP (default: top1)'
     )
     parser.add_argument('--out', type=Path, metavar='TABLE.md', help='file to write the tables to')
+    add_debug_argument(parser)
     return parser.parse_args()
 
 
@@ -61,7 +62,7 @@ class Group:
 
 
 def read_groups(runs: list[Path], metric: str) -> tuple[list[Group], list[str]]:
-    """The groups that have the metric, and a sentence for each run or group that is left out."""
+    """Read the groups that have the metric; a sentence names each run or group that is left out."""
     groups, problems = [], []
     members_of, missing = read_runs(runs)
     for label, members in members_of.items():
@@ -81,7 +82,7 @@ def read_groups(runs: list[Path], metric: str) -> tuple[list[Group], list[str]]:
 
 
 def first_reached(values: list[float] | np.ndarray, target: float) -> int | None:
-    """Index of the first value that is as high as ``target``."""
+    """Return the index of the first value that is as high as ``target``."""
     # Means of other numbers may differ in the last bits where they are equal.
     return next((i for i, value in enumerate(values) if value >= target - 1e-9), None)
 
@@ -91,7 +92,7 @@ def number(value: float, digits: int) -> str:
 
 
 def compare(reference: Group, runs: list[Group], metric: str) -> str:
-    """When the runs reach the best of the reference, in Markdown."""
+    """Write when the runs reach the best of the reference, in Markdown."""
     best = int(np.nanargmax(reference.mean))
     target, until_best, in_all = reference.mean[best], reference.seconds[best], reference.seconds[-1]
     percent = target > 1  # MMPretrain's accuracy; MMDetection's AP is not
@@ -128,8 +129,7 @@ def compare(reference: Group, runs: list[Group], metric: str) -> str:
     return '\n'.join(lines)
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
     references, problems = read_groups(args.reference, args.metric)
     runs, more = read_groups(args.runs, args.metric)
     parts = [compare(reference, runs, args.metric) for reference in references]
@@ -150,4 +150,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    run_tool(main)
+    run_tool(parse_args, main)

@@ -76,7 +76,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def compose(digits: np.ndarray, args: argparse.Namespace, rng: np.random.Generator):
-    """One image: (grey canvas in [0, 255], list of (index of the digit, mask))."""
+    """Compose one image: (grey canvas in [0, 255], list of (index of the digit, mask))."""
     canvas = np.zeros((args.canvas, args.canvas), dtype=np.float32)
     taken = np.zeros(canvas.shape, dtype=bool)
     placed = []
@@ -101,7 +101,7 @@ def compose(digits: np.ndarray, args: argparse.Namespace, rng: np.random.Generat
 
 
 def write_split(split: str, count: int, digits: np.ndarray, labels: np.ndarray, indices: np.ndarray, args) -> Path:
-    """Compose and write ``count`` images of the digits at ``indices``; returns the path of their annotations."""
+    """Compose and write ``count`` images of the digits at ``indices``; return the path of their annotations."""
     rng = np.random.default_rng([args.seed, SPLITS.index(split)])
     folder = args.out_dir / f'{split}2017'
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ def write_split(split: str, count: int, digits: np.ndarray, labels: np.ndarray, 
 
 
 def draw_preview(annotation_file: Path, folder: Path, out_file: Path, count: int = 8) -> None:
-    """The first images with the annotations that pycocotools reads for them."""
+    """Draw the first images with the annotations that pycocotools reads for them."""
     coco = COCO(annotation_file)
     ids = sorted(coco.getImgIds())[:count]
     figure, axes = plt.subplots(2, -(-len(ids) // 2), figsize=(12, 6.5), squeeze=False)

@@ -53,14 +53,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def is_own(folder: Path) -> bool:
-    """Whether nothing is in the folder but what this command writes."""
+    """Return whether nothing is in the folder but what this command writes."""
     allowed = {Path(split) for split in SPLITS} | {Path(split, name) for split in SPLITS for name in CLASSES}
     paths = (path.relative_to(folder) for path in folder.rglob('*'))
     return all(path in allowed or (path.suffix == '.png' and path.parent in allowed) for path in paths)
 
 
 def draw(digit: np.ndarray, size: int, rng: np.random.Generator) -> Image.Image:
-    """Dark ink on light paper, neither of one strength, as in the images of digits_to_coco.py."""
+    """Draw dark ink on light paper, neither of one strength, as in the images of digits_to_coco.py."""
     ink = Image.fromarray(digit.astype(np.float32) / 16).resize((size, size), Image.Resampling.BICUBIC)
     paper, strength = rng.uniform(0.6, 1.0), rng.uniform(0.5, 0.9)
     image = paper - strength * paper * np.asarray(ink).clip(0, 1) + rng.normal(0, 0.03, (size, size))

@@ -18,17 +18,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENT = ROOT / 'docs' / 'compatibility.md'
 AREAS = {
-    'Checkpoints': ['tests/test_checkpoints.py'],
+    'Checkpoints': [f'tests/checkpoints/test_{name}.py' for name in ('conversion', 'layouts', 'loading')],
     'From the command line': ['tests/tools/test_convert_norm.py', 'tests/tools/test_train_and_test.py'],
-    'Norm layers in OpenMMLab and PyTorch': ['tests/test_traps.py', 'tests/test_registration.py'],
+    'Norm layers in OpenMMLab and PyTorch': ['tests/test_traps.py', 'tests/openmmlab/test_registration.py'],
     'Every norm type': ['tests/layers/test_contract.py'],
-    'From classifier to detector': ['tests/test_pretrained.py'],
-    'What would replace UBN': ['tests/test_guards.py'],
-    'Parameter and FLOP counters': ['tests/test_complexity.py'],
+    'From classifier to detector': ['tests/openmmlab/test_pretrained.py'],
+    'What would replace UBN': [f'tests/openmmlab/test_{name}.py' for name in ('sync_guards', 'folding', 'tracing')],
+    'Parameter and FLOP counters': ['tests/openmmlab/test_counters.py'],
     'Activation checkpointing': ['tests/layers/test_recomputation.py'],
     'Synchronised statistics': ['tests/layers/test_sync_ubn.py'],
     'Deployment': ['tests/test_deploy.py'],
-    'Mixed precision and loading': ['tests/test_mixed_precision.py', 'tests/test_environment.py'],
+    'Mixed precision and loading': [
+        f'tests/openmmlab/test_{name}.py' for name in ('mixed_precision', 'versions', 'loading')
+    ],
     'Faults': ['tests/tools/test_faults.py'],
 }
 LOCKED = ('torch', 'torchvision', 'onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmpretrain')
@@ -41,7 +43,7 @@ STOCK = (
 
 
 def tests(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Of each test of a file: its name for pytest, the name read aloud, and whether it is about a refusal."""
+    """Find the tests of a file: name for pytest, name as a sentence, and whether it is about a refusal."""
     for node in ast.parse(path.read_text()).body:
         group = [node]
         scope = ()

@@ -8,7 +8,7 @@ Example:
 import argparse
 
 import mmubn  # noqa: F401 - registers UBN for configs that do not import it
-from mmubn.engine import UsageError, add_config_arguments, load_config, run_tool
+from mmubn.cli import UsageError, add_config_arguments, add_debug_argument, load_config, run_tool
 
 
 def parse_args() -> argparse.Namespace:
@@ -17,11 +17,11 @@ def parse_args() -> argparse.Namespace:
     )
     add_config_arguments(parser)
     parser.add_argument('--save-path', metavar='FILE', help='also write the config to this .py, .json or .yml file')
+    add_debug_argument(parser)
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
     if args.save_path is not None and not args.save_path.endswith(('.py', '.json', '.yml')):
         raise UsageError(f'--save-path must end in .py, .json or .yml, got {args.save_path}.')
     cfg = load_config(args)
@@ -31,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    run_tool(main)
+    run_tool(parse_args, main)

@@ -22,9 +22,8 @@ from pickle import UnpicklingError
 
 import torch
 
-import mmubn  # noqa: F401 - lets torch.load read MMEngine's checkpoints
 from mmubn.checkpoints import LAYOUTS, CheckpointError, convert_state_dict, is_state_dict
-from mmubn.engine import UsageError, check_file, run_tool
+from mmubn.cli import UsageError, add_debug_argument, check_file, run_tool
 
 # Where MMEngine and torchvision keep state dicts in a checkpoint, those of averaged models included.
 STATE_DICT_KEYS = ('state_dict', 'ema_state_dict', 'model', 'model_ema')
@@ -45,10 +44,12 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help='the UBN layers that were saved, or that will load the result, have calibrate_bias=True',
     )
+    add_debug_argument(parser)
     return parser.parse_args()
 
 
 def read(path: Path) -> dict:
+    """Read a checkpoint without running code that may be in it."""
     check_file(str(path), 'the checkpoint', 'give the path of a file')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
@@ -60,7 +61,7 @@ def read(path: Path) -> dict:
 
 
 def convert(checkpoint: dict, to: str, calibrate_bias: bool) -> dict:
-    """The checkpoint with each of its state dicts converted; says how many layers that are."""
+    """Convert each state dict of a checkpoint; print how many layers that are."""
     parts = {key: checkpoint[key] for key in STATE_DICT_KEYS if is_state_dict(checkpoint.get(key))}
     if not parts and is_state_dict(checkpoint):
         return convert({'state_dict': checkpoint}, to, calibrate_bias)['state_dict']
@@ -79,8 +80,7 @@ def convert(checkpoint: dict, to: str, calibrate_bias: bool) -> dict:
     return {**checkpoint, **converted}
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
     if not args.dst.absolute().parent.is_dir():
         raise UsageError(f'the folder of {args.dst} does not exist; make it first.')
     checkpoint = read(args.src)
@@ -91,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    run_tool(main)
+    run_tool(parse_args, main)

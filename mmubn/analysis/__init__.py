@@ -1,0 +1,12 @@
+"""What the tools compute and draw. Import each module by itself: this one imports nothing.
+
+- :mod:`~mmubn.analysis.benchmark`: time and memory of norm layers; needs torch alone.
+- :mod:`~mmubn.analysis.machine_code`: the machine code of the GPU kernels; needs torch with Triton.
+- :mod:`~mmubn.analysis.runs`: what runs left in their work dirs.
+- :mod:`~mmubn.analysis.sweeps`: sweep files.
+- :mod:`~mmubn.analysis.comparison`: the runs of a sweep compared.
+- :mod:`~mmubn.analysis.condensation`: how condensed the features of runs are.
+- :mod:`~mmubn.analysis.predictions`: what a run's last checkpoint predicts.
+- :mod:`~mmubn.analysis.classification_demo`: what tools/demo_classification.py shows.
+- :mod:`~mmubn.analysis.plots`: what all plots share.
+"""

@@ -1,0 +1,174 @@
+"""Compare the runs of a sweep: tables and plots of their mean and spread over the seeds."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from mmubn.analysis.plots import line_style, plt, save
+from mmubn.analysis.runs import over_seeds, read_scalars, series, validation_records
+from mmubn.analysis.sweeps import RUN_DONE, Sweep
+
+__all__ = ['Curve', 'compared', 'difference', 'plot', 'read_curves', 'summarize', 'write_tables']
+
+
+@dataclass
+class Curve:
+    """One metric of one choice: the epochs, and the values of S seeds after each, (S, E)."""
+
+    seeds: list[int]
+    epochs: list[int]
+    values: np.ndarray
+
+    @property
+    def last(self) -> dict[int, float]:
+        return dict(zip(self.seeds, self.values[:, -1], strict=True))
+
+
+def read_curves(sweep: Sweep, work_dir: Path) -> dict[str, dict[str, Curve]]:
+    """Read the curves of the runs that are done, by metric and label."""
+    found: dict[str, dict[str, dict[int, tuple]]] = {}
+    for run in sweep.runs:
+        folder = run.folder(work_dir)
+        if not (folder / RUN_DONE).exists():
+            continue
+        records = validation_records(read_scalars(folder))
+        for metric in sweep.metrics:
+            steps, values = series(records, metric)
+            if steps:
+                found.setdefault(metric, {}).setdefault(run.label, {})[run.seed] = (steps, values)
+    curves = {}
+    for metric, labels in found.items():
+        for label, by_seed in labels.items():
+            epochs, values = over_seeds(list(by_seed.values()))
+            curves.setdefault(metric, {})[label] = Curve(list(by_seed), epochs.tolist(), values)
+    return curves
+
+
+def difference(curve: Curve, baseline: Curve) -> tuple[float, float, float] | None:
+    """Compute the mean difference of the last values and its 95% confidence interval by a paired t-test over seeds.
+
+    None with fewer than two seeds in common.
+    """
+    seeds = [seed for seed in curve.seeds if seed in baseline.seeds]
+    if len(seeds) < 2:
+        return None
+    own, other = ([each.last[seed] for seed in seeds] for each in (curve, baseline))
+    if np.ptp(np.subtract(own, other)) == 0:
+        return (own[0] - other[0],) * 3
+    interval = stats.ttest_rel(own, other).confidence_interval(0.95)
+    return float(np.mean(np.subtract(own, other))), float(interval.low), float(interval.high)
+
+
+def reached(curve: Curve, target: float) -> str:
+    """Write after which epoch the seeds first reach ``target``, in the mean, and how many of them do."""
+    first = [curve.epochs[int(np.argmax(values >= target))] for values in curve.values if (values >= target).any()]
+    mean = f'{np.mean(first):.1f}' if first else 'never'
+    return f'{mean} ({len(first)} of {len(curve.seeds)})'
+
+
+def summarize(sweep: Sweep, curves: dict[str, dict[str, Curve]]) -> str:
+    """Write a table for each metric of the sweep, in Markdown."""
+    lines = [f'## {sweep.name}', '']
+    if sweep.paper:
+        lines += [f'In the paper: {sweep.paper}.', '']
+    missing = [label for label in sweep.labels if not any(label in each for each in curves.values())]
+    for i, (metric, by_label) in enumerate(curves.items()):
+        unit, digits = unit_of(by_label)
+        header = ['', 'seeds', 'epochs', f'{metric}, mean{unit}', 'standard deviation', 'lowest to highest']
+        target = sweep.target if i == 0 else None
+        baseline = by_label.get(sweep.baseline)
+        header += [f'epochs to {target:g} (seeds that reach it)'] if target is not None else []
+        header += [f'difference from {sweep.baseline}, 95% interval'] if baseline else []
+        lines += [f'| {" | ".join(header)} |', f'|{"---|" * len(header)}']
+        for label, curve in by_label.items():
+            last = curve.values[:, -1]
+            cells = [label, str(len(last)), str(curve.epochs[-1]), f'{last.mean():.{digits}f}']
+            cells.append(f'{last.std(ddof=1):.{digits}f}' if len(last) > 1 else '')
+            cells.append(f'{last.min():.{digits}f} to {last.max():.{digits}f}')
+            cells += [reached(curve, target)] if target is not None else []
+            cells += [compared(curve, baseline, digits) if label != sweep.baseline else ''] if baseline else []
+            lines.append(f'| {" | ".join(cells)} |')
+        lines += ['', *course(metric, by_label), '']
+    if missing:
+        lines += [f'Nothing yet of: {", ".join(missing)}.', '']
+    return '\n'.join(lines)
+
+
+def course(metric: str, by_label: dict[str, Curve]) -> list[str]:
+    """Write mean and standard deviation after at most ten epochs, from the first to the last, as a Markdown table."""
+    unit, digits = unit_of(by_label)
+    epochs = sorted(set.intersection(*(set(curve.epochs) for curve in by_label.values())))
+    shown = [epochs[i] for i in np.linspace(0, len(epochs) - 1, min(10, len(epochs))).round().astype(int)]
+    header = [f'{metric}{unit} after epoch', *map(str, shown)]
+    lines = [f'| {" | ".join(header)} |', f'|{"---|" * len(header)}']
+    for label, curve in by_label.items():
+        values = curve.values[:, [curve.epochs.index(epoch) for epoch in shown]]
+        cells = [f'{mean:.{digits - 1}f}' for mean in values.mean(0)]
+        if len(values) > 1:
+            cells = [f'{cell} ± {std:.{digits - 1}f}' for cell, std in zip(cells, values.std(0, ddof=1), strict=True)]
+        lines.append(f'| {" | ".join([label, *cells])} |')
+    return lines
+
+
+def unit_of(by_label: dict[str, Curve]) -> tuple[str, int]:
+    """Return the unit of a metric and the digits to show: accuracies of MMPretrain are percent, APs are not."""
+    percent = any(curve.values.max() > 1 for curve in by_label.values())
+    return (' (%)', 2) if percent else ('', 3)
+
+
+def compared(curve: Curve, baseline: Curve, digits: int) -> str:
+    if (interval := difference(curve, baseline)) is None:
+        return ''
+    mean, low, high = interval
+    verdict = 'higher' if low > 0 else 'lower' if high < 0 else 'not told apart'
+    return f'{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]: {verdict}'
+
+
+def write_csv(path: Path, header: list[str], rows: list[list]) -> None:
+    with path.open('w', newline='') as file:
+        writer = csv.writer(file, lineterminator='\n')
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def write_tables(sweep: Sweep, curves: dict[str, dict[str, Curve]], folder: Path) -> None:
+    """Write runs.csv, every value that was measured, and epochs.csv, mean and standard deviation after every epoch."""
+    runs, epochs = [], []
+    for metric, by_label in curves.items():
+        for label, curve in by_label.items():
+            for seed, values in zip(curve.seeds, curve.values, strict=True):
+                runs += [[label, seed, metric, epoch, value] for epoch, value in zip(curve.epochs, values, strict=True)]
+            for epoch, values in zip(curve.epochs, curve.values.T, strict=True):
+                spread = values.std(ddof=1) if len(values) > 1 else ''
+                epochs.append([label, metric, epoch, len(values), values.mean(), spread])
+    write_csv(folder / 'runs.csv', ['choice', 'seed', 'metric', 'epoch', 'value'], runs)
+    write_csv(folder / 'epochs.csv', ['choice', 'metric', 'epoch', 'seeds', 'mean', 'standard deviation'], epochs)
+
+
+def plot(sweep: Sweep, metric: str, by_label: dict[str, Curve], out: Path) -> None:
+    """Plot, left, the mean over the seeds in the course of training, and, right, the last values, a mark a seed."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, max(4.5, 0.42 * len(by_label) + 1.5)))
+    unit, _ = unit_of(by_label)
+    for i, (label, curve) in enumerate(by_label.items()):
+        style = line_style(i)
+        left.plot(curve.epochs, curve.values.mean(0), label=label, **style)
+        last = curve.values[:, -1]
+        right.plot(last, np.full(len(last), i), linestyle='', marker=style['marker'], color=style['color'], alpha=0.6)
+        right.plot([last.mean()] * 2, [i - 0.3, i + 0.3], color='black')
+    left.set(xlabel='epoch', ylabel=f'{metric}{unit}, mean over the seeds')
+    left.xaxis.get_major_locator().set_params(integer=True)
+    left.legend(fontsize=8)
+    right.set(xlabel=f'{metric}{unit} after the last epoch', yticks=range(len(by_label)), yticklabels=list(by_label))
+    right.invert_yaxis()
+    counts = sorted({len(curve.seeds) for curve in by_label.values()})
+    save(
+        figure,
+        out,
+        f'{sweep.name}: {metric} on the validation data. Left: mean over {" or ".join(map(str, counts))} seeds after '
+        'each epoch. Right: after the last epoch, a mark for each seed and a line at their mean.',
+    )

@@ -1,0 +1,30 @@
+"""What the tools share. Needs OpenMMLab.
+
+- :mod:`~mmubn.cli.errors`: errors in one line, ``--debug``.
+- :mod:`~mmubn.cli.config`: the config that a command line asks for.
+- :mod:`~mmubn.cli.paths`: whether the files of a run are there.
+- :mod:`~mmubn.cli.runner`: the runner, process groups on the CPU.
+- :mod:`~mmubn.cli.launcher`: processes that end with their launcher.
+- :mod:`~mmubn.cli.commands`: commands that a tool starts.
+"""
+
+from mmubn.cli.commands import print_command, run_command
+from mmubn.cli.config import add_config_arguments, add_run_arguments, load_config, set_run
+from mmubn.cli.errors import UsageError, add_debug_argument, run_tool
+from mmubn.cli.paths import check_file, check_paths
+from mmubn.cli.runner import build_runner
+
+__all__ = [
+    'UsageError',
+    'add_config_arguments',
+    'add_debug_argument',
+    'add_run_arguments',
+    'build_runner',
+    'check_file',
+    'check_paths',
+    'load_config',
+    'print_command',
+    'run_command',
+    'run_tool',
+    'set_run',
+]

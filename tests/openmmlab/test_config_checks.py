@@ -1,0 +1,132 @@
+"""What is wrong with a config is said before the first iteration."""
+
+import pytest
+from mmengine.config import Config
+from mmengine.model import BaseModule, MMDistributedDataParallel
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+
+from mmubn import UBN
+from mmubn.openmmlab.config_checks import (
+    ConfigError,
+    check_efficient_conv_bn_eval,
+    check_norm_types,
+    check_norms_used,
+)
+
+
+class TestNormTypes:
+    @pytest.mark.parametrize('scope', ['mmdet', 'mmpretrain', 'mmengine'])
+    def test_unknown(self, scope):
+        model = dict(roi_head=dict(bbox_head=[dict(norm_cfg=dict(type='BN')), dict(norm_cfg=dict(type='UBNN'))]))
+        with pytest.raises(
+            ConfigError, match=r"model\.roi_head\.bbox_head\.1\.norm_cfg\.type='UBNN' .* custom_imports"
+        ):
+            check_norm_types(Config(dict(default_scope=scope, model=model)))
+
+    @pytest.mark.parametrize('norm', ['UBN', 'UnitizedBN', 'BN', 'GN', 'IN', 'LN2d'])
+    def test_known_to_mmpretrain(self, norm):
+        check_norm_types(Config(dict(default_scope='mmpretrain', model=dict(backbone=dict(norm_cfg=dict(type=norm))))))
+
+    def test_by_its_full_name(self):
+        """MMDetection has no LN2d of its own, but finds that of MMPretrain."""
+
+        def cfg(name):
+            return Config(dict(default_scope='mmdet', model=dict(neck=dict(norm_cfg=dict(type=name)))))
+
+        check_norm_types(cfg('mmpretrain.LN2d'))
+        with pytest.raises(ConfigError, match=r"'mmpretrain\.LN3d'"):
+            check_norm_types(cfg('mmpretrain.LN3d'))
+
+    def test_without_names(self):
+        model = dict(backbone=dict(norm_cfg=None), neck=None, head=dict(norm_cfg=dict(type=nn.BatchNorm2d)))
+        check_norm_types(Config(dict(model=model)))
+
+
+class Net(BaseModule):
+    """A backbone, of blocks that are each given its norm."""
+
+    def __init__(self, norms):
+        super().__init__()
+        self.backbone = nn.Sequential(*(norm(4) for norm in norms))
+
+
+ASKS_FOR_UBN = Config(dict(model=dict(backbone=dict(norm_cfg=dict(type='UBN')))))
+
+
+class TestNormsUsed:
+    @pytest.mark.parametrize('norm', [nn.Identity, nn.InstanceNorm2d])
+    def test_ignored(self, norm):
+        with pytest.raises(
+            ConfigError, match=r'model\.backbone\.norm_cfg asks for UBN, but Sequential has no such layer'
+        ):
+            check_norms_used(ASKS_FOR_UBN, Net([norm]))
+
+    @pytest.mark.parametrize('norm', [nn.BatchNorm2d, nn.SyncBatchNorm])
+    def test_ignored_in_places(self, norm):
+        with pytest.raises(ConfigError, match=f'makes its layer 1 a {norm.__name__}'):
+            check_norms_used(ASKS_FOR_UBN, Net([UBN, norm]))
+
+    def test_heeded(self):
+        check_norms_used(ASKS_FOR_UBN, Net([UBN, nn.Identity]))
+
+    def test_wrapped(self):
+        wrapped = MMDistributedDataParallel.__new__(MMDistributedDataParallel)
+        nn.Module.__init__(wrapped)
+        wrapped.module = Net([nn.BatchNorm2d])
+        with pytest.raises(ConfigError, match='makes its layer 0 a BatchNorm2d'):
+            check_norms_used(ASKS_FOR_UBN, wrapped)
+
+    @pytest.mark.parametrize('norm', ['BN', 'SyncBN'])
+    def test_of_others(self, norm):
+        """A norm of mmcv may be frozen, synchronised or unused: this package does not judge."""
+        check_norms_used(Config(dict(model=dict(backbone=dict(norm_cfg=dict(type=norm))))), Net([nn.Identity]))
+
+    def test_parts_that_the_model_has_not(self):
+        check_norms_used(Config(dict(model=dict(neck=dict(norm_cfg=dict(type='UBN'))))), Net([nn.Identity]))
+
+    def test_of_a_detector(self):
+        cfg = Config.fromstring(
+            "_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'\n"
+            "model = dict(backbone=dict(depth=18, norm_cfg=dict(type='UBN'), init_cfg=None),"
+            " neck=dict(in_channels=[64, 128, 256, 512], norm_cfg=dict(type='RBN')))",
+            '.py',
+        )
+        init_default_scope('mmdet')
+        model = MODELS.build(dict(cfg.model, _scope_='mmdet'))
+        check_norms_used(cfg, model)
+        model.backbone.layer2[0].downsample[1] = nn.BatchNorm2d(128)
+        with pytest.raises(ConfigError, match=r'ResNet makes its layer layer2\.0\.downsample\.1 a BatchNorm2d'):
+            check_norms_used(cfg, model)
+
+    def test_refused_by_the_network_itself(self):
+        with pytest.raises(TypeError, match=r'InceptionV3.* unexpected keyword argument .norm_cfg'):
+            MODELS.build(dict(type='InceptionV3', norm_cfg=dict(type='UBN'), _scope_='mmpretrain'))
+
+
+class TestEfficientConvBNEval:
+    """It would fold norms as if they were BatchNorm: MMEngine finds out in the first validation."""
+
+    def cfg(self, named, **model):
+        return Config(dict(efficient_conv_bn_eval=named, default_scope='mmdet', model=model))
+
+    @pytest.mark.parametrize('norm', ['UBN', 'SyncUBN', 'RBN', 'BNET', 'IEBN', 'UnitizedBN'])
+    @pytest.mark.parametrize('named', ['backbone', ['neck', 'backbone'], ['backbone.layer1'], 'backbone.stem.conv'])
+    def test_of_a_part_with_a_norm_of_ours(self, norm, named):
+        cfg = self.cfg(named, backbone=dict(norm_cfg=dict(type=norm)), neck=dict(norm_cfg=dict(type='BN')))
+        error = rf'fold the norms of model\.backbone, of type {norm}, .*leave efficient_conv_bn_eval out, or name only '
+        with pytest.raises(ConfigError, match=error + f'modules without {norm}'):
+            check_efficient_conv_bn_eval(cfg)
+
+    def test_of_a_part_of_a_part(self):
+        cfg = self.cfg(['roi_head'], roi_head=dict(bbox_head=[dict(norm_cfg=dict(type='UBN'))]))
+        with pytest.raises(ConfigError, match=r'model\.roi_head\.bbox_head\.0, of type UBN'):
+            check_efficient_conv_bn_eval(cfg)
+
+    @pytest.mark.parametrize('named', ['neck', ['neck'], ['back'], None, []])
+    def test_of_other_parts(self, named):
+        backbone, neck = dict(norm_cfg=dict(type='UBN')), dict(norm_cfg=dict(type='BN'))
+        check_efficient_conv_bn_eval(self.cfg(named, backbone=backbone, neck=neck))
+
+    def test_without_the_key(self):
+        check_efficient_conv_bn_eval(Config(dict(model=dict(backbone=dict(norm_cfg=dict(type='UBN'))))))
