@@ -33,8 +33,9 @@ def pytest_xdist_make_scheduler(config, log):
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            name = Path(nodeid.split('::')[0]).stem
-            return nodeid if name in SINGLE else 'processes' if name in PROCESSES else name
+            path = nodeid.split('::')[0]
+            name = Path(path).stem
+            return nodeid if name in SINGLE else 'processes' if name in PROCESSES else path
 
     config.option.loadscopereorder = False  # or the files of many tests would come first
     return Scheduling(config, log)

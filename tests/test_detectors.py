@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import randomize
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.hub import get_config
@@ -195,12 +196,9 @@ def test_a_cspnext_of_batch_norm_becomes_ubn_exactly(tmp_path):
         get_config('mmdet::rtmdet/classification/cspnext-s_8xb256-rsb-a1-600e_in1k.py').model.backbone
     )
     source.out_indices = (2, 3, 4)
-    for layer in source.modules():
+    for seed, layer in enumerate(source.modules()):
         if isinstance(layer, nn.BatchNorm2d):
-            for tensor in (layer.weight.data, layer.running_var):
-                tensor.uniform_(0.5, 1.5)
-            for tensor in (layer.bias.data, layer.running_mean):
-                tensor.normal_()
+            randomize(layer, seed=seed)
     state_dict = {f'backbone.{key}': value for key, value in source.state_dict().items()}
     torch.save({'state_dict': state_dict | {'head.fc.weight': torch.zeros(1)}}, tmp_path / 'cspnext.pth')
 

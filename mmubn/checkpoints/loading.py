@@ -52,7 +52,8 @@ def convert_state(
         _count(name, None)
         return
     found = {key: getattr(tensor, 'shape', None) for key, tensor in tensors.items()}
-    if {**shapes, BATCH_COUNT: None} == {**found, BATCH_COUNT: None}:
+    # The count of batches may be missing, as in checkpoints of old versions of torch.
+    if {BATCH_COUNT: (), **shapes} == {BATCH_COUNT: (), **found}:
         own = layouts_by_keys(released=False).get(frozenset(shapes) - {BATCH_COUNT})
         _count(name, own.title if own else name)
         return

@@ -134,7 +134,7 @@ class UnifiedNorm(_BatchNorm):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, torch.fx.Proxy) and (path := x.tracer.path_of_module(self)):
+        if isinstance(x, torch.fx.Proxy) and (path := _path_in_trace(self, x)):
             # One node of a traced graph, as the norms of torch.nn are: it follows the mode of the layer, which a trace
             # through this method would freeze.
             return x.tracer.create_proxy('call_module', path, (x,), {})
@@ -170,19 +170,24 @@ class UnifiedNorm(_BatchNorm):
         """The running statistics, and the moments of x that the coefficients depend on."""
         a = v = None
         dtype = functional.statistics_dtype(x)
-        if x.numel() == 0:
-            a = v = x.new_empty((0, self.num_features), dtype=dtype)
-        elif self.scaling == 'unitized':
-            a, v = backend.instance_moments(x)
+        if self.scaling == 'unitized' or x.numel() == 0:
+            a, v = self._moments(x, backend)
         elif self.centering or self.scaling is not None:
             a = backend.instance_means(x)
         # Copies: an update of the buffers by a later call must not change what this call's backward reads.
         mean, var = (buffer.to(dtype, copy=with_copies) for buffer in (self.running_mean, self.running_var))
         return Statistics(a, v, mean, var)
 
+    def _moments(self, x: Tensor, backend: Backend) -> Moments:
+        """The instance moments; of no samples, none: backends take an input with elements."""
+        if x.numel() > 0:
+            return backend.instance_moments(x)
+        a, v = x.new_empty((2, 0, self.num_features), dtype=functional.statistics_dtype(x)).unbind(0)
+        return Moments(a, v)
+
     def _training_statistics(self, x: Tensor, backend: Backend, form: Form, parameters: Parameters) -> Statistics:
         """The statistics that normalise a training batch. Moves the buffers in place and never waits for the device."""
-        moments = backend.instance_moments(x)
+        moments = self._moments(x, backend)
         call, coefficients = self._calls.recomputed(moments.a), None
         if call is None:
             decision = self._decide(x, moments, backend, form, parameters)
@@ -275,3 +280,8 @@ class UnifiedNorm(_BatchNorm):
         arguments = inspect.signature(type(self).__init__).parameters
         named = (f'{name}={getattr(self, name)}' for name in arguments if name not in ('self', 'num_features'))
         return ', '.join((str(self.num_features), *named))
+
+
+def _path_in_trace(layer: nn.Module, x: torch.fx.Proxy) -> str:
+    """Name of a layer in the module that torch.fx traces; empty for the traced module itself, which can be no node."""
+    return x.tracer.path_of_module(layer) if isinstance(x.tracer, torch.fx.Tracer) else ''

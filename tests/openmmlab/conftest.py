@@ -9,7 +9,7 @@ from mmubn.openmmlab import patches
 
 @pytest.fixture
 def install(monkeypatch):
-    """``mmubn.openmmlab.install``, undone after the test where an attribute was replaced."""
+    """``mmubn.openmmlab.install`` of these names, undone after the test where an attribute was replaced."""
 
     def install(*names):
         chosen = [patch for patch in patches.PATCHES if patch.name in names]
@@ -22,7 +22,8 @@ def install(monkeypatch):
                 module, _, name = importer.rpartition('.')
                 if module in sys.modules:
                     monkeypatch.setattr(sys.modules[module], name, vars(sys.modules[module])[name])
-        patches.install(*names)
+        if names:  # without any it installs all
+            patches.install(*names)
 
     monkeypatch.setattr(patches, '_applied', set(patches._applied))
     return install

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import randomize
 from mmdet.models.backbones import ResNet
-from mmengine.logging import MessageHub, MMLogger
+from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
 from mmengine.model import BaseModel
 from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner import Runner
@@ -50,7 +50,9 @@ def training_checkpoint(tmp_path):
     hub.update_scalar('train/accuracy', np.float32(0.5))
     hub.update_info('epoch', 3)
     path = tmp_path / 'epoch_1.pth'
-    torch.save({'message_hub': hub.state_dict(), 'state_dict': {}, 'meta': {'time': np.int64(3)}}, path)
+    arguments = argparse.Namespace(lr=0.1)  # as torchvision's training scripts save
+    content = {'message_hub': hub.state_dict(), 'state_dict': {}, 'meta': {'time': np.int64(3)}, 'args': arguments}
+    torch.save(content, path)
     return path
 
 
@@ -93,13 +95,17 @@ def test_the_allow_list_does_not_let_code_run(tmp_path):
         def __reduce__(self):
             return (print, ('code ran',))
 
-    class LooksUp:  # getattr(dict, 'clear'): a harmless stand-in for any other look-up
-        def __reduce__(self):
-            return (getattr, (dict, 'clear'))
+    class LooksUp:  # harmless stand-ins for any other look-up: of another type, and of another method of an allowed one
+        def __init__(self, owner, name):
+            self.reduced = getattr, (owner, name)
 
-    paths = [str(tmp_path / name) for name in ('prints.pth', 'looks_up.pth')]
-    for path, bad in zip(paths, (Prints(), LooksUp()), strict=True):
-        torch.save({'message_hub': bad}, path)
+        def __reduce__(self):
+            return self.reduced
+
+    bad = {'prints': Prints(), 'type': LooksUp(dict, 'clear'), 'method': LooksUp(HistoryBuffer, 'update')}
+    paths = [str(tmp_path / f'{name}.pth') for name in bad]
+    for path, each in zip(paths, bad.values(), strict=True):
+        torch.save({'message_hub': each}, path)
     result = python(
         f"""
         {INSTALL}
@@ -113,7 +119,7 @@ def test_the_allow_list_does_not_let_code_run(tmp_path):
         *paths,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-2:] == [f'{path}: UnpicklingError' for path in paths]
+    assert result.stdout.splitlines()[-3:] == [f'{path}: UnpicklingError' for path in paths]
     assert 'code ran' not in result.stdout
 
 

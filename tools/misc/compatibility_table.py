@@ -23,7 +23,11 @@ AREAS = {
     'Norm layers in OpenMMLab and PyTorch': ['tests/test_traps.py', 'tests/openmmlab/test_registration.py'],
     'Every norm type': ['tests/layers/test_contract.py'],
     'From classifier to detector': ['tests/openmmlab/test_pretrained.py'],
-    'What would replace UBN': [f'tests/openmmlab/test_{name}.py' for name in ('sync_guards', 'folding', 'tracing')],
+    'What would replace UBN': [
+        'tests/openmmlab/test_sync_guards.py',
+        'tests/openmmlab/test_folding.py',
+        'tests/layers/test_tracing.py',
+    ],
     'Parameter and FLOP counters': ['tests/openmmlab/test_counters.py'],
     'Activation checkpointing': ['tests/layers/test_recomputation.py'],
     'Synchronised statistics': ['tests/layers/test_sync_ubn.py'],
