@@ -116,7 +116,7 @@ def counted_reads() -> Iterator[Reads]:
     try:
         yield counter
     finally:
-        _counters.remove(counter)
+        _counters.pop()  # contexts end in the reverse order of their beginning
 
 
 def _count(name: str, title: str | None) -> None:

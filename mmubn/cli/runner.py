@@ -11,6 +11,7 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+import mmubn.openmmlab.pretrained  # noqa: F401 - the tools know init_cfg.strict, whatever a config imports
 from mmubn.cli.errors import UsageError
 from mmubn.cli.launcher import end_with_launcher
 from mmubn.openmmlab.config_checks import check_efficient_conv_bn_eval, check_norm_types, check_norms_used

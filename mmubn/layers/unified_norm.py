@@ -238,19 +238,25 @@ class UnifiedNorm(_BatchNorm):
     def _check_shapes(self, parameters: Parameters) -> None:
         """Raise a ValueError for a tensor that was replaced by one of another length; kernels would read beyond it."""
         vector, taps = (self.num_features,), (self.num_features, self.kernel_size**2 - 1)
-        for name, tensor in zip(Parameters._fields, parameters, strict=True):
-            if tensor is not None and tensor.shape != (taps if name == 'neighbor_weight' else vector):
-                self._refuse_shape(name, tensor, taps if name == 'neighbor_weight' else vector)
-        if self.running_mean.shape != vector:
-            self._refuse_shape('running_mean', self.running_mean, vector)
-        if self.running_var.shape != vector:
-            self._refuse_shape('running_var', self.running_var, vector)
-
-    def _refuse_shape(self, name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-        raise ValueError(
-            f'{type(self).__name__}: {name} must have shape {expected}, got {tuple(tensor.shape)}; '
-            f'this layer has num_features={self.num_features} and kernel_size={self.kernel_size}.'
+        weight, bias, neighbor_weight, center_weight, scale_weight, scale_bias = parameters
+        # One expression, since a loop over names takes the host longer than some kernels take the device.
+        fits = (
+            weight.shape == bias.shape == self.running_mean.shape == self.running_var.shape == vector
+            and (neighbor_weight is None or neighbor_weight.shape == taps)
+            and (center_weight is None or center_weight.shape == vector)
+            and (scale_weight is None or scale_weight.shape == vector)
+            and (scale_bias is None or scale_bias.shape == vector)
         )
+        if fits:
+            return
+        tensors = {**parameters._asdict(), 'running_mean': self.running_mean, 'running_var': self.running_var}
+        for name, tensor in tensors.items():
+            expected = taps if name == 'neighbor_weight' else vector
+            if tensor is not None and tensor.shape != expected:
+                raise ValueError(
+                    f'{type(self).__name__}: {name} must have shape {expected}, got {tuple(tensor.shape)}; '
+                    f'this layer has num_features={self.num_features} and kernel_size={self.kernel_size}.'
+                )
 
     def _check_input(self, x: Tensor) -> None:
         name, channels = type(self).__name__, self.num_features

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 __all__ = [
+    'KERNEL_SCALINGS',
     'BatchStatistics',
     'Coefficients',
     'Decision',
@@ -27,6 +28,10 @@ __all__ = [
     'TapSums',
     'Taps',
 ]
+
+
+# The kinds of the factor r that the C++ and Triton kernels know; for any other they take Backend's own algebra.
+KERNEL_SCALINGS = (None, 'rectified', 'instance')
 
 
 class Form(NamedTuple):

@@ -16,7 +16,7 @@ class ClassCountHook(Hook):
     """Checks that every head has as many classes as the data sets that it is trained and evaluated on.
 
     A head is a module called ``head`` or ``..._head``, or an element of a list of that name, with a ``num_classes``.
-    Left out are ``rpn_head``, which knows no classes, ``semantic_head``, which has others, and models that are told the
+    Left out are ``rpn_head``, which knows no classes, ``semantic_head``, which has others, and models that get the
     classes in words (``language_model``).
 
     Raises:

@@ -62,7 +62,7 @@ class FixedBatch:
         self._chunk = getattr(runner.train_dataloader.batch_sampler, 'batch_size', None) or 1
 
     def forward(self, observe: Observer) -> None:
-        """Forward all samples, as many at a time as a training batch has, and tell what each norm layer gets and gives.
+        """Forward all samples, as many at a time as a training batch has, and observe what each norm gets and gives.
 
         ``observe(name, call, input, output)`` runs right after each call of a layer, before anything can overwrite its
         output in place. A layer that is shared by several places has several calls per forward; one that is not

@@ -16,6 +16,7 @@ from mmubn.ops.cpp import library
 from mmubn.ops.cpp.boundary import DTYPES, KERNEL_SIZES, call
 from mmubn.ops.torch_backend import dense, memory_format
 from mmubn.ops.types import (
+    KERNEL_SCALINGS,
     Coefficients,
     Decision,
     Form,
@@ -133,7 +134,7 @@ class CppBackend(Backend):
         return Decision(mean, var, condensed, num_values, new_mean, new_var, running_similarity)
 
     def coefficients(self, statistics: Statistics, form: Form, parameters: Parameters, pixels: int) -> Coefficients:
-        if form.scaling == 'unitized' or statistics.a is None:
+        if form.scaling not in KERNEL_SCALINGS or statistics.a is None:
             return super().coefficients(statistics, form, parameters, pixels)
         dtype = statistics.a.dtype
         a, mean = _plain(statistics.a, dtype), _plain(statistics.mean, dtype)
@@ -201,7 +202,7 @@ class CppBackend(Backend):
         coefficients: Coefficients,
         pixels: int,
     ) -> tuple[InputCoefficients, Gradients]:
-        if form.scaling == 'unitized' or statistics.synchronized:
+        if form.scaling not in KERNEL_SCALINGS or statistics.synchronized:
             return super().coefficients_backward(tap_sums, statistics, form, parameters, taps, coefficients, pixels)
         assert taps.kernel is not None
         products, sums = (values.transpose(1, 2).contiguous() for values in (tap_sums.products, tap_sums.sums))

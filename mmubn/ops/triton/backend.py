@@ -15,6 +15,7 @@ from torch import Tensor
 from mmubn.ops.backend import Backend
 from mmubn.ops.triton import inputs, operators
 from mmubn.ops.types import (
+    KERNEL_SCALINGS,
     Coefficients,
     Decision,
     Form,
@@ -72,8 +73,8 @@ class TritonBackend(Backend):
         if isinstance(running.momentum, Tensor) or running.mean.dtype != torch.float32:
             return super().decide(x, moments, gate, form, parameters, running)
         scaling = form.scaling
-        if scaling == 'unitized':
-            # The kernels do not know this factor; the coefficients are computed by themselves then.
+        if scaling not in KERNEL_SCALINGS:
+            # The coefficients are computed by themselves then.
             scaling, parameters = None, parameters._replace(scale_weight=None, scale_bias=None)
         num_values = x.numel() // x.shape[1]
         if isinstance(gate, Gate):
@@ -113,12 +114,12 @@ class TritonBackend(Backend):
                 parameters.scale_bias,
                 scaling,
             )
-        coefficients = None if form.scaling == 'unitized' else Coefficients(center, scale, None)
+        coefficients = Coefficients(center, scale, None) if form.scaling in KERNEL_SCALINGS else None
         return Decision(mean, var, condensed, num_values, running_mean, running_var, running_similarity, coefficients)
 
     def coefficients(self, statistics: Statistics, form: Form, parameters: Parameters, pixels: int) -> Coefficients:
         """Those that came with the statistics, or in one launch."""
-        if form.scaling == 'unitized' or statistics.a is None:
+        if form.scaling not in KERNEL_SCALINGS or statistics.a is None:
             return super().coefficients(statistics, form, parameters, pixels)
         found = statistics.coefficients
         if found is None:
@@ -167,7 +168,7 @@ class TritonBackend(Backend):
         pixels: int,
     ) -> tuple[InputCoefficients, Gradients]:
         """In one launch."""
-        if form.scaling == 'unitized' or statistics.a is None or statistics.synchronized:
+        if form.scaling not in KERNEL_SCALINGS or statistics.a is None or statistics.synchronized:
             return super().coefficients_backward(tap_sums, statistics, form, parameters, taps, coefficients, pixels)
         slope, offset, d_weight, d_bias, d_neighbor_weight, d_center_weight, d_scale_weight, d_scale_bias = (
             _kernels().coefficients_backward(
