@@ -1,3 +1,3 @@
-"""Old name of mmubn.openmmlab.models: configs written before 0.1.0 import it."""
+"""Old name of mmubn.openmmlab.models: configs of earlier drafts import it."""
 
 from mmubn.openmmlab.models import InceptionV4, InceptionV4CIFAR, ResNeXtCIFAR  # noqa: F401

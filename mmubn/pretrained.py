@@ -1,3 +1,3 @@
-"""Old name of mmubn.openmmlab.pretrained: configs written before 0.1.0 import it."""
+"""Old name of mmubn.openmmlab.pretrained: configs of earlier drafts import it."""
 
 from mmubn.openmmlab.pretrained import PretrainedInit  # noqa: F401

@@ -11,7 +11,7 @@ PACKAGE = ROOT / 'mmubn'
 ROOMS = ('version', 'functional', 'checkpoints', 'ops', 'layers', 'deploy', 'openmmlab', 'cli', 'analysis')
 TORCH_ALONE = ('functional', 'checkpoints', 'ops', 'layers', 'deploy')
 LIBRARIES = {'torch', 'triton'}
-# Names that configs written before 0.1.0 import.
+# Names that configs of earlier drafts import.
 OLD_NAMES = {'faults', 'models', 'pretrained'}
 LONGEST = 700  # lines
 

@@ -5,4 +5,7 @@ from mmubn.layers.ubn import UBN
 from mmubn.layers.unified_norm import UnifiedNorm
 from mmubn.layers.variants import BNET, IEBN, RBN, UnitizedBN
 
-__all__ = ['BNET', 'IEBN', 'RBN', 'UBN', 'SyncUBN', 'UnifiedNorm', 'UnitizedBN']
+__all__ = ['BNET', 'IEBN', 'NORMS', 'RBN', 'UBN', 'SyncUBN', 'UnifiedNorm', 'UnitizedBN']
+
+# The types that norm_cfg may name.
+NORMS = (UBN, SyncUBN, RBN, BNET, IEBN, UnitizedBN)

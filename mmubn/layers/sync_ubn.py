@@ -50,14 +50,14 @@ class SyncUBN(UBN, _BatchNorm):
     ) -> tuple[Similarity, BatchStatistics]:
         """The sums of all processes, by one collective. A process without samples adds nothing to them."""
         a, v = moments
-        count, pairs, statistics = a.new_zeros(1), a.new_zeros(2), a.new_zeros(2, self.num_features)
+        count, similarity, statistics = a.new_zeros(1), a.new_zeros(2), a.new_zeros(2, self.num_features)
         if x.numel() > 0:
             count.fill_(x.numel() // self.num_features)
             statistics = torch.stack(functional.batch_statistics(a, v, self.center_weight))
             if isinstance(gate, Gate):
                 own = backend.similarity_sums(x, moments, gate.max_samples)
-                pairs = torch.stack([own.total, own.total.new_tensor(own.pairs)])
-        gathered = _all_gather(torch.cat([count, pairs, statistics.flatten()]))
+                similarity = torch.stack([own.total, own.total.new_tensor(own.pairs)])
+        gathered = _all_gather(torch.cat([count, similarity, statistics.flatten()]))
         counts, totals, pairs, means, variances = gathered.split([1, 1, 1, self.num_features, self.num_features], dim=1)
         # mean = sum_p w_p mean_p and var = sum_p w_p (var_p + (mean_p - mean)^2), w_p the share of the values
         total_count = counts.sum()

@@ -127,4 +127,9 @@ class UBN(UnifiedNorm, _BatchNorm):
     def _gate(self, x: Tensor, moments: Moments) -> Gate | Tensor:
         if self.threshold is None or not self._gate_acts():
             return super()._gate(x, moments)
+        if self.running_similarity.dim() != 0:
+            raise ValueError(
+                f'{type(self).__name__}: running_similarity must have shape (), '
+                f'got {tuple(self.running_similarity.shape)}.'
+            )
         return Gate(self.running_similarity, self.similarity_momentum, self.threshold, self.similarity_samples)

@@ -153,12 +153,15 @@ class UnifiedNorm(_BatchNorm):
     def _normalize(self, x: Tensor) -> Tensor:
         """The steps: moments -> similarity -> gate -> statistics, without gradients, then coefficients -> apply."""
         backend = ops.choose_backend(x, self.kernel_size)
-        is_differentiated = torch.is_grad_enabled()
+        # A trace by torch.jit is checked against a second one without gradients: both must have the same operators.
+        is_traced = torch.jit.is_tracing()
+        is_differentiated = torch.is_grad_enabled() and not is_traced
         form = Form(self._eps, self.scaling, self.calibrate_bias, self.kernel_size)
         parameters = Parameters(
             self.weight, self.bias, self.neighbor_weight, self.center_weight, self.scale_weight, self.scale_bias
         )
-        self._check_shapes(parameters)
+        if not is_traced:
+            self._check_shapes(parameters)
         with torch.no_grad():
             if self.training and (x.numel() > 0 or self._synchronizes()):
                 statistics = self._training_statistics(x, backend, form, parameters)
@@ -237,24 +240,40 @@ class UnifiedNorm(_BatchNorm):
 
     def _check_shapes(self, parameters: Parameters) -> None:
         """Raise a ValueError for a tensor that was replaced by one of another length; kernels would read beyond it."""
-        vector, taps = (self.num_features,), (self.num_features, self.kernel_size**2 - 1)
-        weight, bias, neighbor_weight, center_weight, scale_weight, scale_bias = parameters
+        vector = (self.num_features,)
+        taps = (self.num_features, self.kernel_size**2 - 1) if self.kernel_size > 1 else None
+        center = vector if self.centering else None
+        scale = vector if self.scaling is not None else None
+        scale_bias = vector if self.scaling in INITIAL_SCALE_BIAS else None
+        mean, var = self._buffers.get('running_mean'), self._buffers.get('running_var')
         # One expression, since a loop over names takes the host longer than some kernels take the device.
-        fits = (
-            weight.shape == bias.shape == self.running_mean.shape == self.running_var.shape == vector
-            and (neighbor_weight is None or neighbor_weight.shape == taps)
-            and (center_weight is None or center_weight.shape == vector)
-            and (scale_weight is None or scale_weight.shape == vector)
-            and (scale_bias is None or scale_bias.shape == vector)
-        )
-        if fits:
+        if (
+            _has_shape(parameters.weight, vector)
+            and _has_shape(parameters.bias, vector)
+            and _has_shape(parameters.neighbor_weight, taps)
+            and _has_shape(parameters.center_weight, center)
+            and _has_shape(parameters.scale_weight, scale)
+            and _has_shape(parameters.scale_bias, scale_bias)
+            and _has_shape(mean, vector)
+            and _has_shape(var, vector)
+        ):
             return
-        tensors = {**parameters._asdict(), 'running_mean': self.running_mean, 'running_var': self.running_var}
-        for name, tensor in tensors.items():
-            expected = taps if name == 'neighbor_weight' else vector
-            if tensor is not None and tensor.shape != expected:
+        expected = {
+            'weight': vector,
+            'bias': vector,
+            'neighbor_weight': taps,
+            'center_weight': center,
+            'scale_weight': scale,
+            'scale_bias': scale_bias,
+            'running_mean': vector,
+            'running_var': vector,
+        }
+        for name, shape in expected.items():
+            tensor = getattr(self, name)
+            if not _has_shape(tensor, shape):
+                received = None if tensor is None else tuple(tensor.shape)
                 raise ValueError(
-                    f'{type(self).__name__}: {name} must have shape {expected}, got {tuple(tensor.shape)}; '
+                    f'{type(self).__name__}: {name} must have shape {shape}, got {received}; '
                     f'this layer has num_features={self.num_features} and kernel_size={self.kernel_size}.'
                 )
 
@@ -291,3 +310,8 @@ class UnifiedNorm(_BatchNorm):
 def _path_in_trace(layer: nn.Module, x: torch.fx.Proxy) -> str:
     """Name of a layer in the module that torch.fx traces; empty for the traced module itself, which can be no node."""
     return x.tracer.path_of_module(layer) if isinstance(x.tracer, torch.fx.Tracer) else ''
+
+
+def _has_shape(tensor: Tensor | None, shape: tuple[int, ...] | None) -> bool:
+    """Whether the tensor has this shape; of None, whether there is no tensor."""
+    return tensor is None if shape is None else tensor is not None and tensor.shape == shape

@@ -15,7 +15,7 @@ from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmubn.layers import UnifiedNorm
+from mmubn.layers import NORMS, UnifiedNorm
 from mmubn.openmmlab.errors import ConfigError
 
 __all__ = ['ConfigError', 'check_efficient_conv_bn_eval', 'check_norm_types', 'check_norms_used', 'norm_cfgs']
@@ -27,13 +27,15 @@ def check_norm_types(cfg: Config) -> None:
     Raises:
         ConfigError: Names the type, its place and what may be missing.
     """
+    *others, last = (norm.__name__ for norm in NORMS)
+    ours = f'{", ".join(others)} or {last}'
     with MODELS.switch_scope_and_registry(cfg.get('default_scope', 'mmengine')) as registry:
         for place, norm_cfg in norm_cfgs(cfg.model):
             if registry.get(norm_cfg['type']) is None:
                 raise ConfigError(
-                    f'model.{place}.type={norm_cfg["type"]!r} is not a registered norm; expected UBN, SyncUBN, RBN, '
-                    'BNET, IEBN or UnitizedBN, or one of mmcv (BN, SyncBN, GN, IN): correct the name, or add the '
-                    'module that registers it to custom_imports.'
+                    f'model.{place}.type={norm_cfg["type"]!r} is not a registered norm; expected {ours}, or one of '
+                    'mmcv (BN, SyncBN, GN, IN): correct the name, or add the module that registers it to '
+                    'custom_imports.'
                 )
 
 

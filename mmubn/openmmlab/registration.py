@@ -3,7 +3,7 @@
 from mmengine.registry import MODELS
 
 import mmubn.openmmlab.hooks  # noqa: F401 - registers those that measure
-from mmubn.layers import BNET, IEBN, RBN, UBN, SyncUBN, UnitizedBN
+from mmubn.layers import NORMS
 from mmubn.openmmlab import patches
 
 __all__ = ['register']
@@ -15,7 +15,7 @@ def register() -> None:
     The norms go to the root registry: mmcv looks a norm up in the scope it is called from and in its parents, never in
     a sibling. The hooks that look into norms are registered by the import of this module.
     """
-    for norm in (UBN, SyncUBN, RBN, BNET, IEBN, UnitizedBN):
+    for norm in NORMS:
         if MODELS.module_dict.get(norm.__name__) is not norm:
             MODELS.register_module(name=norm.__name__, module=norm)
     patches.apply(patches.ON_IMPORT)

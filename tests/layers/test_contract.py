@@ -446,6 +446,15 @@ class TestContract:
                         layer(batch((2, 4, 6, 5)))
                     assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
 
+    def test_tensors_that_are_missing(self, norm, backend):
+        """None in the place of a parameter or statistic is an error that names it, not another function."""
+        for name in ('weight', 'bias', *sorted(norm.extra), 'running_mean', 'running_var'):
+            for training in (True, False):
+                layer = norm(4).train(training)
+                setattr(layer, name, None)
+                with pytest.raises(ValueError, match=rf'^{norm.name}: {name} must have shape \(4, ?\d*\), got None;'):
+                    layer(batch((2, 4, 6, 5)))
+
     def test_tensors_of_the_same_length(self, norm, backend):
         """May be replaced: the layer then computes with the new ones."""
         for training in (True, False):

@@ -67,3 +67,13 @@ class TestTracing:
         for layer in (norm(3), nn.BatchNorm2d(3)):
             with pytest.raises(torch.fx.proxy.TraceError):
                 torch.fx.symbolic_trace(layer.train(training))
+
+
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+@pytest.mark.parametrize('norm', TYPES)
+def test_a_trace_by_jit_passes_its_own_check(norm):
+    """It compares a trace with gradients and one without, which must have the same operators."""
+    layer = randomize(norm(4)).eval()
+    x = batch((2, 4, 6, 5))
+    traced = torch.jit.trace(layer, x)
+    torch.testing.assert_close(traced(batch((3, 4, 7, 5), seed=1)), layer(batch((3, 4, 7, 5), seed=1)))

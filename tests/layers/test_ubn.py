@@ -19,7 +19,7 @@ from norms import (
 )
 from torch import nn
 
-from mmubn.layers import UBN
+from mmubn.layers import UBN, SyncUBN
 
 DEFAULT = Norm(UBN, NEIGHBORS | CENTER | SCALE, 'rectified', SIGMOID_1, GATE, GATED_SHAPES)
 
@@ -124,3 +124,12 @@ class TestBadArguments:
     def test_calibrate_bias_without_scaling(self):
         with pytest.raises(ValueError, match=r'^UBN: calibrate_bias must be False where scaling is False'):
             UBN(4, scaling=False, calibrate_bias=True)
+
+
+@pytest.mark.parametrize('norm', [UBN, SyncUBN])
+def test_a_running_similarity_of_another_shape(norm):
+    for shape in ((1,), (2,), (0,)):
+        layer = norm(3)
+        layer.running_similarity = torch.ones(shape)
+        with pytest.raises(ValueError, match=rf'^{norm.__name__}: running_similarity must have shape \(\), got \('):
+            layer(batch())

@@ -236,3 +236,27 @@ def test_a_library_that_does_not_fit_is_not_used(fresh, sources, capsys):
     assert mmubn.UBN(4)(x).shape == x.shape
     assert 'has no function moments_size' in ops.name_and_reason(x, 3)[1]
     assert len(reported(capsys)) == 2
+
+
+@pytest.mark.parametrize('content', [b'printf "compil\\351"', b'exit 3'], ids=['other encoding', 'silent failure'])
+def test_a_compiler_of_few_words(fresh, sources, monkeypatch, capsys, content):
+    """Whatever it prints: torch computes, and a line says why."""
+    compiler = fresh.parent / 'compiler'
+    compiler.write_bytes(b'#!/bin/sh\n' + content + b'\nexit 1\n')
+    compiler.chmod(0o700)
+    monkeypatch.setenv('CXX', str(compiler))
+    assert mmubn.UBN(4)(torch.ones(2, 4, 3, 3)).shape == (2, 4, 3, 3)
+    assert 'cannot compile them: it does not say why' in reported(capsys)[-1]
+
+
+def test_a_compiler_that_is_no_command(fresh, monkeypatch):
+    monkeypatch.setenv('CXX', "g++ 'foo")
+    x = torch.ones(2, 4, 3, 3)
+    assert 'CXX is no command: No closing quotation' in mmubn.backend_info(mmubn.UBN(4), x)
+    assert mmubn.UBN(4)(x).shape == x.shape
+
+
+def test_a_folder_that_others_may_write_to_is_known_before_the_first_use(fresh):
+    fresh.joinpath('mmubn', 'kernels').mkdir(parents=True)
+    fresh.joinpath('mmubn', 'kernels').chmod(0o770)
+    assert 'may be written to by other users' in mmubn.backend_info(mmubn.UBN(4), torch.ones(2, 4, 3, 3))

@@ -131,6 +131,9 @@ def test_released_layout_needs_the_argument_of_the_layers(tmp_path, run):
 def test_refuses_with_one_line(tmp_path, run):
     source, target, text = tmp_path / 'source.pth', tmp_path / 'target.pth', tmp_path / 'text.pth'
     text.write_text('no checkpoint')
+    letters, empty = tmp_path / 'letters.pth', tmp_path / 'empty.pth'
+    letters.write_text('abc')  # which unpickling takes for opcodes
+    empty.touch()
 
     def refuses(src, dst, message):
         status, output = run(src, dst, '--to', 'bn')
@@ -150,6 +153,7 @@ def test_refuses_with_one_line(tmp_path, run):
     ]:
         torch.save(content, source)
         refuses(source, target, message)
-    refuses(text, target, 'text.pth is no checkpoint')
+    for path in (text, letters, empty):
+        refuses(path, target, f'{path.name} is no checkpoint')
     refuses(tmp_path / 'none.pth', target, 'none.pth does not exist')
     refuses(source, tmp_path / 'none' / 'target.pth', 'the folder of')

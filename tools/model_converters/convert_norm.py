@@ -53,8 +53,10 @@ def read(path: Path) -> dict:
     check_file(str(path), 'the checkpoint', 'give the path of a file')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise UsageError(f'{path} is no checkpoint that is safe to read: {str(error).splitlines()[0]}') from error
+    except (UnpicklingError, RuntimeError, EOFError, OSError, IndexError) as error:
+        raise UsageError(
+            f'{path} is no checkpoint that is safe to read: {next(iter(str(error).splitlines()), type(error).__name__)}'
+        ) from error
     if not isinstance(checkpoint, dict):
         raise UsageError(f'{path} holds a {type(checkpoint).__name__}, not a checkpoint.')
     return checkpoint

@@ -43,7 +43,9 @@ def problem() -> str | None:
         return _problem
     try:
         _compiler()
-    except RuntimeError as error:
+        if (folder := cache_folder()).is_dir():
+            _check_access(folder)
+    except (OSError, RuntimeError) as error:
         return _reason(error)
     return None
 
@@ -111,10 +113,10 @@ def _compile(compiler: list[str], folder: Path, name: str) -> Path:
     os.close(handle)
     try:
         command = [*compiler, *FLAGS, str(SOURCES / MAIN), '-o', temporary]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = _run(command)
         if done.returncode != 0:
             reason = next((line for line in done.stderr.splitlines() if 'error' in line), done.stderr.strip())
-            raise RuntimeError(f'{" ".join(compiler)} cannot compile them: {reason}')
+            raise RuntimeError(f'{" ".join(compiler)} cannot compile them: {reason or "it does not say why"}')
         Path(temporary).chmod(0o700)  # whatever the umask
         return Path(temporary).replace(_full_path(folder, name, Path(temporary)))
     finally:
@@ -151,16 +153,24 @@ def _shown(path: Path) -> str:
 
 
 def _compiler() -> list[str]:
-    named = shlex.split(os.environ.get('CXX', ''))
+    try:
+        named = shlex.split(os.environ.get('CXX', ''))
+    except ValueError as error:
+        raise RuntimeError(f'CXX is no command: {error}') from error
     for command in [named] if named else [['c++'], ['g++'], ['clang++']]:
         if shutil.which(command[0]):
             return command
     raise RuntimeError(f'there is no C++ compiler {" ".join(named) or "c++, g++ or clang++"}')
 
 
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    # Whatever the language and encoding of the compiler.
+    return subprocess.run(command, capture_output=True, text=True, errors='replace', check=False)
+
+
 def _key(compiler: list[str]) -> str:
     """Tell sources, compilers and processors apart: machines of different kinds may share a home folder."""
-    version = subprocess.run([*compiler, '--version'], capture_output=True, text=True, check=False).stdout
+    version = _run([*compiler, '--version']).stdout
     cpu = platform.machine()
     info = Path('/proc/cpuinfo')
     if info.is_file():
