@@ -30,7 +30,8 @@ __all__ = [
 ]
 
 
-# The kinds of the factor r that the C++ and Triton kernels know; for any other they take Backend's own algebra.
+# The kinds of the factor r that the C++ and Triton kernels know; for any other they take Backend's own algebra. The
+# Triton kernels know each by its place here.
 KERNEL_SCALINGS = (None, 'rectified', 'instance')
 
 

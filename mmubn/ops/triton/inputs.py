@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmubn.ops.triton import runtime
 from mmubn.ops.triton.device import triton
+from mmubn.ops.types import KERNEL_SCALINGS
 
 __all__ = [
     'DTYPES',
@@ -30,8 +31,8 @@ __all__ = [
 
 KERNEL_SIZES = (1, 3, 5, 7)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# SCALING of the kernels: what sigmoid(w_v * . + w_b) is taken of
-SCALINGS = {None: 0, 'rectified': 1, 'instance': 2}
+# SCALING of the kernels, which compare it with 0, 1 and 2
+SCALINGS = {scaling: code for code, scaling in enumerate(KERNEL_SCALINGS)}
 
 
 def problem(x: Tensor, kernel_size: int = 1) -> str | None:
