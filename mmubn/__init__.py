@@ -10,12 +10,24 @@ from mmubn.openmmlab.versions import check_environment
 _HAS_MMENGINE = check_environment()
 
 from mmubn.deploy import FoldedUBN, fold  # noqa: E402 - only after torch is known to be there
-from mmubn.layers import BNET, IEBN, RBN, UBN, SyncUBN, UnitizedBN  # noqa: E402
+from mmubn.layers import BNET, IEBN, RBN, UBN, SyncUBN, UnitizedBN, convert_state_dict  # noqa: E402
 from mmubn.openmmlab import patches  # noqa: E402
 from mmubn.ops import backend_info  # noqa: E402
 from mmubn.version import __version__  # noqa: E402
 
-__all__ = ['BNET', 'IEBN', 'RBN', 'UBN', 'FoldedUBN', 'SyncUBN', 'UnitizedBN', '__version__', 'backend_info', 'fold']
+__all__ = [
+    'BNET',
+    'IEBN',
+    'RBN',
+    'UBN',
+    'FoldedUBN',
+    'SyncUBN',
+    'UnitizedBN',
+    '__version__',
+    'backend_info',
+    'convert_state_dict',
+    'fold',
+]
 
 if _HAS_MMENGINE:
     from mmubn.openmmlab.registration import register

@@ -1,8 +1,8 @@
 """Evaluation of a trained model at less cost: :func:`fold` computes in advance all that evaluation holds constant."""
 
-from __future__ import annotations
-
+# No ``from __future__ import annotations``: torch.jit.script reads the types of FoldedUBN's attributes, and no strings.
 import copy
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmubn import functional
 from mmubn.layers import UnifiedNorm
+from mmubn.layers.tracing import node_in_trace
 
 __all__ = ['FoldedUBN', 'fold']
 
@@ -23,7 +24,8 @@ def fold(model: nn.Module) -> nn.Module:
     - Any other: a :class:`FoldedUBN`, without the steps that its parameters leave out.
 
     A UnitizedBN with ``alpha = 0`` becomes an ``nn.BatchNorm2d``, which takes 4-D inputs alone; any other stays, since
-    its factor depends on all channels of a sample and nothing of it is constant.
+    its factor depends on all channels of a sample and nothing of it is constant. So does a layer without running
+    statistics.
 
     Gate, momenta and gradients of the parameters end here: the result is for evaluation and export alone, and its state
     dict has another layout. ``model`` stays as it is.
@@ -35,14 +37,16 @@ def fold(model: nn.Module) -> nn.Module:
         The folded copy, in evaluation mode.
 
     Raises:
-        ValueError: For a model in training mode.
+        ValueError: For a model in training mode, and for a layer of which another library has sliced some tensors.
     """
     if model.training or any(module.training for module in model.modules() if isinstance(module, UnifiedNorm)):
         raise ValueError('fold needs a model in evaluation mode: call model.eval() before fold(model).')
     model = copy.deepcopy(model)
     # By layer: one that a model uses at several places (a shared head) stays one layer.
     folded: dict[nn.Module, nn.Module] = {
-        module: _fold_layer(module) for module in model.modules() if isinstance(module, UnifiedNorm)
+        module: _with_drop_and_act(_fold_layer(module), module)
+        for module in model.modules()
+        if isinstance(module, UnifiedNorm)
     }
     for module in list(model.modules()):
         for name, child in module._modules.items():
@@ -94,6 +98,16 @@ class FoldedUBN(nn.Module):
                 self.register_buffer(name, constants[name])
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():  # it knows nothing of what follows
+            return x if x.numel() == 0 else self._forward(x)
+        node = node_in_trace(self, x)
+        if node is not None:
+            return node
+        if not x.is_floating_point():
+            raise ValueError(
+                f'FoldedUBN expected a floating point input, got {x.dtype}; convert it with .float(), or quantize the '
+                'graph by torch.ao.quantization.quantize_fx.prepare_fx, which leaves this layer in float.'
+            )
         if x.numel() == 0:
             return x
         with functional.without_autocast(x.device.type):  # as in the layers, float32 inside
@@ -101,15 +115,17 @@ class FoldedUBN(nn.Module):
 
     def _forward(self, x: Tensor) -> Tensor:
         y = x.to(functional.statistics_dtype(x))
-        shift, r = self.shift, None
-        if self.center_weight is not None or self.scale_weight is not None:
-            a = y.mean((2, 3))
-        if self.center_weight is not None:
-            shift = shift + self.center_weight * a
-        if self.scale_weight is not None and self.scale_bias is not None:
-            r = torch.sigmoid(self.scale_weight * (a + shift) + self.scale_bias)[..., None, None]
+        # Local names: torch.jit.script sees that one is not None.
+        center_weight, scale_weight, scale_bias = self.center_weight, self.scale_weight, self.scale_bias
+        shift = self.shift
+        a = y.mean((2, 3)) if center_weight is not None or scale_weight is not None else shift
+        if center_weight is not None:
+            shift = shift + center_weight * a
+        r = shift
+        if scale_weight is not None and scale_bias is not None:
+            r = torch.sigmoid(scale_weight * (a + shift) + scale_bias)[..., None, None]
         y = y + shift[..., None, None]
-        if r is not None and not self.calibrate_bias:
+        if scale_weight is not None and not self.calibrate_bias:
             y = y * r
         if self.weight.dim() == 1:
             y = y * self.weight[:, None, None] + self.bias[:, None, None]
@@ -117,7 +133,7 @@ class FoldedUBN(nn.Module):
             channels, _, kernel_size, _ = self.weight.shape
             weight, bias = self.weight.to(y.dtype), self.bias.to(y.dtype)
             y = F.conv2d(y, weight, bias, padding=kernel_size // 2, groups=channels)
-        if r is not None and self.calibrate_bias:
+        if scale_weight is not None and self.calibrate_bias:
             # r is one number per map, so it commutes with the convolution; here it takes the bias along.
             y = y * r
         return y.to(x.dtype)
@@ -127,8 +143,20 @@ class FoldedUBN(nn.Module):
         return ', '.join((*shapes, f'calibrate_bias={self.calibrate_bias}'))
 
 
+def _with_drop_and_act(folded: nn.Module, layer: UnifiedNorm) -> nn.Module:
+    """``folded`` with what follows ``layer`` in the same layer, in networks of timm: an activation."""
+    parts = {name: child for name, child in layer.named_children() if name in ('drop', 'act')}
+    parts = {name: child for name, child in parts.items() if not isinstance(child, nn.Identity)}
+    if folded is layer or not parts:
+        return folded
+    return nn.Sequential(OrderedDict(norm=folded, **parts)).eval()
+
+
 @torch.no_grad()
 def _fold_layer(layer: UnifiedNorm) -> nn.Module:
+    layer._check_shapes()
+    if layer.running_mean is None:
+        return layer  # the batch's own statistics normalise it
     # In float64, so that every constant is rounded once; on the CPU, since some devices have no float64.
     values = {name: value.to('cpu', torch.float64) for name, value in layer.state_dict().items()}
     device, dtype = layer.weight.device, functional.statistics_dtype(layer.weight)
@@ -159,8 +187,8 @@ def _fold_layer(layer: UnifiedNorm) -> nn.Module:
     else:
         weight = gain * inv_std
         if neighbor_weight is not None:
-            neighbor_weight = neighbor_weight * (inv_std if r is None else r * inv_std)[:, None]
-            before, after = neighbor_weight.chunk(2, dim=1)
+            neighbors = neighbor_weight.view(len(weight), -1) * (inv_std if r is None else r * inv_std)[:, None]
+            before, after = neighbors.chunk(2, dim=1)
             kernel = torch.cat([before, weight[:, None], after], dim=1)
             weight = kernel.view(-1, 1, layer.kernel_size, layer.kernel_size)
         if scale_weight is not None:

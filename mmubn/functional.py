@@ -129,7 +129,7 @@ def unit_vectors(x: Tensor) -> Tensor:
     return f / torch.where(norm.isfinite(), norm.clamp_min(torch.finfo(f.dtype).tiny), float('nan'))
 
 
-def update_running_similarity(running_similarity: Tensor, similarity: Tensor, momentum: float) -> Tensor:
+def update_running_similarity(running_similarity: Tensor, similarity: Tensor, momentum: float | Tensor) -> Tensor:
     """The running similarity after one training batch.
 
     ``tau <- (1 - m_s) tau + m_s s``; a similarity that is not finite is no evidence and leaves tau as it is.

@@ -3,11 +3,13 @@
 import contextlib
 import gc
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.registry import DefaultScope
+from mmengine.runner import checkpoint
 
 # Small tensors gain nothing from threads, and threads that wait for a busy core cost minutes: here and in the processes
 # that tests start.
@@ -50,6 +52,17 @@ def no_default_scope():
     """A scope that a test sets, by hand or with a Runner, is not that of the next one."""
     yield
     DefaultScope._instance_dict.clear()
+
+
+@pytest.fixture(autouse=True)
+def no_reader_of_a_tool():
+    """A tool that a test runs in this process leaves its reader of checkpoints there; the next test has torch's."""
+    torch_load, load_url = torch.load, checkpoint.load_url
+    yield
+    torch.load = torch.serialization.load = torch_load
+    checkpoint.load_url = load_url
+    if patches := sys.modules.get('mmubn.openmmlab.patches'):
+        patches._applied -= {'safe-reader', 'url-errors'}
 
 
 @pytest.fixture(params=['reference', 'torch', 'chosen'])

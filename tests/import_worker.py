@@ -24,7 +24,7 @@ import types
 import warnings
 from pathlib import Path
 
-LIBRARIES = ('torch', 'torchvision', 'triton', 'mmengine', 'mmcv', 'mmdet', 'mmpretrain', 'numpy', 'matplotlib')
+LIBRARIES = ('torch', 'torchvision', 'triton', 'mmengine', 'mmcv', 'mmdet', 'mmpretrain', 'timm', 'numpy', 'matplotlib')
 # Loaded before: what this package changes, and what a user of it has loaded.
 LOADED = ('torch', 'torchvision', 'torch.fx', 'mmengine.runner', 'mmengine._strategy', 'mmengine.analysis')
 LOADED += (
@@ -35,6 +35,7 @@ LOADED += (
     'mmpretrain.models',
     'mmpretrain.engine',
     'matplotlib',
+    'timm',
 )
 
 
@@ -56,6 +57,12 @@ def install():
     mmubn.openmmlab.install()
 
 
+def start_tool():
+    from mmubn.openmmlab.safe_reader import use_safe_reader
+
+    use_safe_reader(trust=False)
+
+
 def importing(*names):
     return lambda: [importlib.import_module(name) for name in names]
 
@@ -71,6 +78,7 @@ STEPS = {  # in the words of the table
     'training with AtomicCheckpointHook': train_atomically,
     'import mmubn.openmmlab.models': importing('mmubn.openmmlab.models'),
     'import mmubn.cli': importing('mmubn.cli', 'mmubn.cli.launcher'),
+    'each tool of this package, at its start': start_tool,
     'import mmubn.analysis.plots': importing('mmubn.analysis.plots', 'mmubn.analysis.condensation'),
 }
 
@@ -110,7 +118,11 @@ class Snapshot:
 
     def add_value(self, path, value, is_nested=False):
         if isinstance(value, type):
-            if is_of_library(value) and self.add(f'{value.__module__}.{value.__qualname__}.', value, dict(vars(value))):
+            if is_of_library(value) and self.add(
+                f'{value.__module__}.{value.__qualname__}.',
+                value,
+                {k: v for k, v in vars(value).items() if k not in IGNORED},
+            ):
                 for key, each in vars(value).items():
                     self.add_table(f'{path}.{key}', each)
         elif isinstance(value, types.FunctionType):
@@ -155,7 +167,8 @@ class Snapshot:
 
 STATE = 'state'
 MISSING = object()
-IGNORED = ('__warningregistry__', '__builtins__', '_marked_safe_globals_set')  # the last is part of the state
+# The third is part of the state, the last a count of hooks.
+IGNORED = ('__warningregistry__', '__builtins__', '_marked_safe_globals_set', 'next_id')
 
 
 def is_of_library(value):
@@ -197,6 +210,13 @@ def slots_of(symbol):
     """Of a symbol of the table."""
     if symbol == 'torch.serialization.get_safe_globals()':
         return {(STATE, 'safe_globals')}
+    if symbol.startswith('torch.nn.modules.module._global_'):  # keys are numbers
+        table = pkgutil.resolve_name(symbol)
+        return {(id(table), key) for key, hook in table.items() if hook.__module__.startswith('mmubn.')}
+    if '.*.' in symbol:  # in any module of a library that has it
+        library, _, name = symbol.partition('.*.')
+        modules = [each for key, each in sys.modules.items() if key.partition('.')[0] == library]
+        return {(id(each), name) for each in modules if name in vars(each)}
     if entry := re.fullmatch(r"(.+)\['(.*)'\]", symbol):
         table = pkgutil.resolve_name(entry[1])
         return {(id(getattr(table, '_module_dict', table)), entry[2])}
@@ -213,7 +233,8 @@ def expected(step):
         if patch.when == step:
             slots |= {symbol: slots_of(symbol) for symbol in (*patch.symbols, *patch.importers)}
     for addition in ADDITIONS:
-        if addition.place != 'torch.ops' and addition.when == step:
+        # Operators are looked at as a whole; yaml's table has types for names.
+        if addition.place.startswith('mm') and addition.when == step:
             slots |= {name: slots_of(f"{addition.place}['{name}']") for name in addition.names}
     return slots
 

@@ -90,14 +90,14 @@ def norm(
         normalized.append([(p - mean) / torch.sqrt(var + eps) for p in planes])
 
     neighbors = parameters.get('neighbor_weight')
-    size = 1 if neighbors is None else math.isqrt(neighbors.shape[1] + 1)
+    size = 1 if neighbors is None else math.isqrt(neighbors.numel() // channels + 1)
     half = size // 2
     out_channels = []
     for c in range(channels):
         if neighbors is None:
             taps = [parameters['weight'][c]]
         else:
-            taps = list(neighbors[c])
+            taps = list(neighbors.view(channels, -1)[c])
             taps.insert(len(taps) // 2, parameters['weight'][c])
         r = [factor(x, normalized, n, c, parameters, scaling, eps) for n in range(samples)]
         z = torch.stack([r[n] * normalized[c][n] for n in range(samples)])

@@ -40,8 +40,8 @@ from mmubn.openmmlab.config_checks import check_norm_types, check_norms_used
 
 PAGES = [ROOT / 'README.md', ROOT / 'CHANGELOG.md', *sorted((ROOT / 'docs').glob('*.md'))]
 PAGES += sorted((ROOT / 'configs').glob('*/README.md'))
-GETTING_STARTED, USING_UBN, EXTENDING = (
-    ROOT / 'docs' / f'{name}.md' for name in ('getting-started', 'using-ubn', 'extending')
+GETTING_STARTED, USING_UBN, EXTENDING, FOREIGN_CODE = (
+    ROOT / 'docs' / f'{name}.md' for name in ('getting-started', 'using-ubn', 'extending', 'foreign-code')
 )
 
 
@@ -341,6 +341,15 @@ contract = load('layers/test_contract.py')
 # The contract without the list of the norms that it is for.
 Contract = type('Contract', (), {name: test for name, test in vars(contract.TestContract).items() if name[:2] != '__'})
 del Contract.pytestmark
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_foreign_code(folder):
+    """The blocks of docs/foreign-code.md, in order: each uses what those above it made."""
+    names = {}
+    for block in blocks(FOREIGN_CODE, 'python'):
+        if not block.needs:
+            exec(block.text, names)
 
 
 class TestExtending(Contract):

@@ -113,15 +113,14 @@ class TestParamwise:
             assert decay == (0.0 if name.startswith(NORMS) else 0.25 if name.endswith('bias') else 0.5), name
 
     def test_rules_that_go_by_the_number_of_dimensions(self):
-        """These take a norm for one by its flat parameters; the neighbors' taps decay, as a convolution's do."""
+        """These take a norm for one by its flat parameters, the neighbors' taps among them."""
         flat = groups(DefaultOptimWrapperConstructor, dict(flat_decay_mult=0.0))
         layer_decay = groups(
             LearningRateDecayOptimizerConstructor, dict(num_layers=6, decay_rate=0.9, decay_type='layer_wise')
         )
         for found in (flat, layer_decay):
             for name, (_, decay) in found.items():
-                taps = name.endswith('neighbor_weight') or name == CONV + 'weight'
-                assert decay == (0.5 if taps else 0.0), name
+                assert decay == (0.5 if name == CONV + 'weight' else 0.0), name
 
 
 def test_precise_bn_counts_as_with_batch_norm():

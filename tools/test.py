@@ -19,6 +19,7 @@ from mmubn.cli import (
     add_config_arguments,
     add_debug_argument,
     add_run_arguments,
+    add_trust_argument,
     build_runner,
     check_file,
     check_paths,
@@ -42,6 +43,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--tta', action='store_true', help="test with flipped images too, or as the config's tta_model says"
     )
+    add_trust_argument(parser)
     add_debug_argument(parser)
     return parser.parse_args()
 
@@ -97,7 +99,9 @@ def main(args: argparse.Namespace) -> None:
     cfg = load_config(args)
     set_run(cfg, args)
     cfg.load_from = args.checkpoint
-    check_file(args.checkpoint, 'the checkpoint', 'train one with tools/train.py, or give the path of an existing one')
+    remedy = 'train one with tools/train.py, or give the path of an existing one'
+    # DeepSpeed, which needs another runner, saves folders.
+    check_file(args.checkpoint, 'the checkpoint', remedy, folder='runner_type' in cfg)
     check_paths(cfg, splits=('test',), pretrained=False)
     if args.show or args.show_dir:
         draw_predictions(cfg, args)

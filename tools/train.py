@@ -14,6 +14,7 @@ from mmubn.cli import (
     add_config_arguments,
     add_debug_argument,
     add_run_arguments,
+    add_trust_argument,
     build_runner,
     check_file,
     check_paths,
@@ -42,6 +43,7 @@ def parse_args() -> argparse.Namespace:
         metavar='CHECKPOINT',
         help='resume from this checkpoint; without a value, from the last one in the work dir, if any',
     )
+    add_trust_argument(parser)
     add_debug_argument(parser)
     return parser.parse_args()
 
@@ -59,7 +61,8 @@ def main(args: argparse.Namespace) -> None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
     if cfg.get('load_from'):
-        check_file(cfg.load_from, 'the checkpoint', 'give the path of an existing one')
+        # DeepSpeed, which needs another runner, saves folders.
+        check_file(cfg.load_from, 'the checkpoint', 'give the path of an existing one', folder='runner_type' in cfg)
     check_paths(cfg, splits=('train', 'val'), pretrained=True)
     make_resumable(cfg)
     build_runner(cfg).train()

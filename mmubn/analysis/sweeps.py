@@ -32,9 +32,9 @@ import yaml
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-import mmubn
 from mmubn.cli import UsageError
-from mmubn.openmmlab.config_checks import check_norm_types, norm_cfgs
+from mmubn.openmmlab.config_checks import check_norm_types
+from mmubn.openmmlab.config_types import asked_norms
 from mmubn.openmmlab.errors import ConfigError
 
 __all__ = ['RUN_DONE', 'Sweep', 'SweepRun', 'read_sweeps']
@@ -224,11 +224,10 @@ def _check_norms(cfg: Config, run: SweepRun) -> None:
     """Check type and arguments of every norm, before all its runs fail."""
     try:
         check_norm_types(cfg)
-        for place, norm_cfg in norm_cfgs(cfg.model):
-            if hasattr(mmubn, norm_cfg['type']):
-                arguments = {key: value for key, value in norm_cfg.items() if key not in ('type', 'requires_grad')}
-                place = f'model.{place}'
-                getattr(mmubn, norm_cfg['type'])(1, **arguments)
+        for asked in asked_norms(cfg):
+            if asked.is_ours:
+                place = f'model.{asked.place}'
+                asked.norm(1, **{k: v for k, v in asked.norm_cfg.items() if k not in ('type', 'requires_grad')})
     except ConfigError as error:
         raise UsageError(f'{run}: {error}') from error
     except (TypeError, ValueError) as error:

@@ -125,7 +125,8 @@ def read_norm(tensors: Mapping, layout: Layout, prefix: str, channels: int, cali
         _check_shape(prefix, key, tensor, channels, layout)
     named = {layout.names.get(key, key): tensors[key] for key in tensors}
     vectors = {name: named[name].reshape(-1) for name in VECTORS if name in named}
-    kernel = named['kernel'] if 'kernel' in named else depthwise_kernel(vectors['weight'], named.get('neighbor_weight'))
+    neighbors = named['neighbor_weight'].reshape(channels, -1) if 'neighbor_weight' in named else None
+    kernel = named['kernel'] if 'kernel' in named else depthwise_kernel(vectors['weight'], neighbors)
     scaling = layout.scaling if 'scale_weight' in named else None
     return Norm(
         layout=layout,
@@ -148,8 +149,9 @@ def _check_shape(prefix: str, key: str, tensor: object, channels: int, layout: L
             shape is not None and len(shape) == 4 and shape == (channels, 1, shape[3], shape[3]) and shape[3] % 2 == 1
         )
     elif key == 'neighbor_weight':
-        expected = f'({channels}, k*k - 1) with odd k'
-        fits = shape is not None and len(shape) == 2 and shape[0] == channels and _is_odd_square(shape[1] + 1)
+        expected = f'({channels} * (k*k - 1),) or ({channels}, k*k - 1) with odd k'
+        neighbors, rest = divmod(math.prod(shape or ()), channels)
+        fits = shape in ((channels * neighbors,), (channels, neighbors)) and rest == 0 and _is_odd_square(neighbors + 1)
     elif key in VECTORS and layout.released:
         fits, expected = shape in ((channels,), (1, channels, 1, 1)), f'({channels},) or (1, {channels}, 1, 1)'
     else:
@@ -189,7 +191,7 @@ def write_norm(norm: Norm, target: Target, prefix: str, approximate_bias: bool =
         # A copy: a view would have torch.save write the whole kernel with it.
         entries = {'weight': weight.flatten().contiguous(), 'bias': bias}
         if 'neighbor_weight' in target.keys:
-            entries['neighbor_weight'] = torch.cat([before, after], dim=1)
+            entries['neighbor_weight'] = torch.cat([before, after], dim=1).flatten()
     if 'center_weight' in target.keys:
         entries['center_weight'] = center_weight
     if factor.weight is not None:

@@ -18,7 +18,7 @@ from mmubn.checkpoints.conversion import (
     read_norm,
     write_norm,
 )
-from mmubn.checkpoints.layouts import BATCH_COUNT, CheckpointError, find_layout, layouts_by_keys, listed
+from mmubn.checkpoints.layouts import BATCH_COUNT, STATISTICS, CheckpointError, find_layout, layouts_by_keys, listed
 
 __all__ = ['convert_state', 'counted_reads', 'report_reads']
 
@@ -26,15 +26,15 @@ __all__ = ['convert_state', 'counted_reads', 'report_reads']
 @torch.no_grad()
 def convert_state(
     name: str, shapes: Mapping[str, tuple[int, ...]], target: Target, state_dict: dict, prefix: str
-) -> None:
+) -> bool:
     """Turn what ``state_dict`` holds under ``prefix``, in any layout, into the layer's own entries.
 
     The layer then computes the function of the layer that was saved, in training as long as the gate of a UBN is open
     (the running similarity starts at 1 where the layout has none). There is one exception, with a warning: a released
     UBN, whose factor r multiplies the bias too, in a UBN without ``calibrate_bias``.
 
-    The layer's own entries are left as they are, and so is a state dict without any key under ``prefix``: torch then
-    reports the missing keys as usual.
+    The layer's own entries are left as they are (neighbor taps of (C, k*k - 1) are made flat), and so is a state dict
+    without any key under ``prefix``: torch then reports the missing keys as usual.
 
     Args:
         name: Type of the layer that will load the entries, for errors and :func:`counted_reads`.
@@ -43,6 +43,9 @@ def convert_state(
         state_dict: Modified in place, as ``load_state_dict`` allows: it passes a copy. The tensors are not written to.
         prefix: Name of the layer in the state dict, with the trailing dot.
 
+    Returns:
+        Whether the entries were of another layout.
+
     Raises:
         CheckpointError: The entries are of no layout, of another number of channels, or of a function that the layer
             does not have. Names the key, what is expected and what was received.
@@ -50,16 +53,22 @@ def convert_state(
     tensors = entries_under(state_dict, prefix)
     if not tensors:
         _count(name, None)
-        return
+        return False
+    _flatten_neighbors(shapes, tensors, state_dict, prefix)
     found = {key: getattr(tensor, 'shape', None) for key, tensor in tensors.items()}
     # The count of batches may be missing, as in checkpoints of old versions of torch.
     if {BATCH_COUNT: (), **shapes} == {BATCH_COUNT: (), **found}:
         own = layouts_by_keys(released=False).get(frozenset(shapes) - {BATCH_COUNT})
         _count(name, own.title if own else name)
-        return
+        return False
 
-    layout = find_layout(tensors, prefix)
     (channels,) = shapes['weight']
+    if 'running_mean' not in shapes:
+        # A layer without running statistics: those of fresh ones stand in for the conversion. Where the entries have
+        # some, these stay in the state dict, and torch reports them as unexpected, as for a BatchNorm.
+        like = tensors.get('weight', next(iter(tensors.values())))
+        tensors = {'running_mean': like.new_zeros(channels), 'running_var': like.new_ones(channels), **tensors}
+    layout = find_layout(tensors, prefix)
     norm = read_norm(tensors, layout, prefix, channels, target.calibrates_bias)
     _check_complete(norm, target, tensors, prefix)
     gated = 'running_similarity' in shapes
@@ -80,9 +89,18 @@ def convert_state(
         )
     entries = write_norm(norm, target, prefix, approximate)
     for key in tensors:
-        del state_dict[prefix + key]
-    state_dict.update({prefix + key: tensor for key, tensor in entries.items()})
+        if key not in STATISTICS or key in shapes:
+            state_dict.pop(prefix + key, None)
+    state_dict.update({prefix + key: tensor for key, tensor in entries.items() if key in target.keys})
     _count(name, title)
+    return True
+
+
+def _flatten_neighbors(shapes: Mapping, tensors: dict, state_dict: dict, prefix: str) -> None:
+    """The neighbor taps of version 2 of the layers, (C, k*k - 1), as they are now: (C * (k*k - 1),)."""
+    old, shape = tensors.get('neighbor_weight'), shapes.get('neighbor_weight')
+    if old is not None and shape is not None and getattr(old, 'ndim', 0) == 2 and shape == (old.numel(),):
+        tensors['neighbor_weight'] = state_dict[prefix + 'neighbor_weight'] = old.reshape(-1)
 
 
 def _check_complete(norm: Norm, target: Target, tensors: Mapping, prefix: str) -> None:

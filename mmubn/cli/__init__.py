@@ -1,6 +1,6 @@
 """What the tools share. Needs OpenMMLab.
 
-- :mod:`~mmubn.cli.errors`: errors in one line, ``--debug``.
+- :mod:`~mmubn.cli.errors`: errors in one line, ``--debug``, ``--trust-checkpoint``.
 - :mod:`~mmubn.cli.config`: the config that a command line asks for.
 - :mod:`~mmubn.cli.paths`: whether the files of a run are there.
 - :mod:`~mmubn.cli.runner`: the runner, process groups on the CPU.
@@ -10,7 +10,7 @@
 
 from mmubn.cli.commands import print_command, run_command
 from mmubn.cli.config import add_config_arguments, add_run_arguments, load_config, set_run
-from mmubn.cli.errors import UsageError, add_debug_argument, run_tool
+from mmubn.cli.errors import UsageError, add_debug_argument, add_trust_argument, run_tool
 from mmubn.cli.paths import check_file, check_paths
 from mmubn.cli.runner import build_runner
 
@@ -19,6 +19,7 @@ __all__ = [
     'add_config_arguments',
     'add_debug_argument',
     'add_run_arguments',
+    'add_trust_argument',
     'build_runner',
     'check_file',
     'check_paths',

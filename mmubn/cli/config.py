@@ -6,11 +6,13 @@ import argparse
 import os
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config.utils import ConfigParsingError
 from mmengine.hub import get_config
 
 from mmubn.cli.errors import UsageError
 from mmubn.cli.paths import check_file
+from mmubn.openmmlab.config_types import find_dicts
 
 __all__ = ['add_config_arguments', 'add_run_arguments', 'load_config', 'set_run']
 
@@ -41,7 +43,8 @@ def load_config(args: argparse.Namespace) -> Config:
     ``mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py``.
 
     Raises:
-        UsageError: The config does not exist, or an override does not fit it.
+        UsageError: The config does not exist, inherits from none or imports what there is not, or an override does not
+            fit it.
     """
     if '::' in args.config:
         try:
@@ -50,13 +53,35 @@ def load_config(args: argparse.Namespace) -> Config:
             raise UsageError(f'no config {args.config}: {error}') from error
     else:
         check_file(args.config, 'the config', 'configs are in configs/; those of a package are PACKAGE::PATH')
-        cfg = Config.fromfile(args.config)
+        try:
+            cfg = Config.fromfile(args.config)
+            _import_classes(cfg)
+        except (ConfigParsingError, ImportError) as error:
+            raise UsageError(f'{args.config}: {_with_first_cause(error)}') from error
     if args.cfg_options is not None:
         try:
             cfg.merge_from_dict(args.cfg_options)
         except (KeyError, TypeError, IndexError, AssertionError) as error:
             raise UsageError(f'--cfg-options do not fit {args.config}: {error}') from error
     return cfg
+
+
+def _with_first_cause(error: BaseException) -> str:
+    """In one line. MMEngine raises an error of its own for one of the module that it imports."""
+    first = error
+    while (cause := first.__cause__ or first.__context__) is not None:
+        first = cause
+    text = str(error) if str(first) in str(error) else f'{error} ({first})'
+    return ' '.join(text.split())
+
+
+def _import_classes(cfg: Config) -> None:
+    """Import what a config in pure Python names; MMEngine does when it is asked for a value, somewhere in its run."""
+    imported = getattr(cfg, '_imported_names', ())
+    for key, value in dict.items(cfg._cfg_dict):
+        if key not in imported:
+            for _ in find_dicts(ConfigDict({key: value})):
+                pass
 
 
 def set_run(cfg: Config, args: argparse.Namespace) -> None:

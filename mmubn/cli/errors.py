@@ -14,8 +14,11 @@ import torch
 from mmubn import openmmlab
 from mmubn.checkpoints import CheckpointError
 from mmubn.openmmlab.errors import ConfigError
+from mmubn.openmmlab.safe_reader import use_safe_reader
 
-__all__ = ['UsageError', 'add_debug_argument', 'run_tool']
+__all__ = ['UsageError', 'add_debug_argument', 'add_trust_argument', 'run_tool']
+
+FORCE_SAFE = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'  # an environment variable of torch
 
 
 class UsageError(Exception):
@@ -27,10 +30,21 @@ def add_debug_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--debug', action='store_true', help='end an error with its traceback instead of one line')
 
 
+def add_trust_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--trust-checkpoint``, which :func:`run_tool` reads."""
+    parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='read whatever a checkpoint holds, and run the programs in it; '
+        'for files of which you trust where they come from',
+    )
+
+
 def run_tool(parse_args: Callable[[], argparse.Namespace], main: Callable[[argparse.Namespace], None]) -> None:
     """Run a tool from its command line to its exit status.
 
-    A UsageError, or a config or checkpoint that does not fit, ends with status 2 and one line, or, with ``--debug``, a
+    The tool reads checkpoints by the list of :mod:`mmubn.openmmlab.safe_reader`, but for ``--trust-checkpoint``. A
+    UsageError, or a config or checkpoint that does not fit, ends with status 2 and one line, or, with ``--debug``, a
     traceback. One process reports it.
 
     Args:
@@ -39,7 +53,11 @@ def run_tool(parse_args: Callable[[], argparse.Namespace], main: Callable[[argpa
     """
     args = parse_args()
     openmmlab.install()
+    trust = getattr(args, 'trust_checkpoint', False)
+    use_safe_reader(trust)
     try:
+        if trust and os.environ.get(FORCE_SAFE, '0') != '0':
+            raise UsageError(f'--trust-checkpoint reads everything, and {FORCE_SAFE} in the environment forbids it.')
         main(args)
         if torch.distributed.is_initialized():
             _leave_process_group()

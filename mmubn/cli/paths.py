@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from mmengine.config import Config
 
 from mmubn.cli.errors import UsageError
+from mmubn.openmmlab.config_types import find_dicts, is_pretrained
 
 __all__ = ['check_file', 'check_paths']
 
@@ -19,14 +19,18 @@ DATA_REMEDY = (
 CHECKPOINT_REMEDY = (
     'train it as README.md says under "ImageNet checkpoints", or set imagenet_checkpoints at the top of '
     'configs/_base_/imagenet_backbone.py to the folder or URL that has it, or start from another checkpoint with '
-    '--cfg-options {key}.init_cfg.checkpoint=PATH_OR_URL {key}.init_cfg.prefix=None (torchvision://resnet50, for one)'
+    '--cfg-options {key}.checkpoint=PATH_OR_URL {key}.prefix=None (torchvision://resnet50, for one)'
 )
 
 
-def check_file(path: str, what: str, remedy: str) -> None:
-    """Raise a UsageError that names ``path`` and the ``remedy`` unless it is a URL or exists."""
-    if '://' not in path and not Path(path).expanduser().exists():
+def check_file(path: str, what: str, remedy: str, folder: bool = True) -> None:
+    """Raise a UsageError that names ``path`` and the ``remedy`` unless it is a URL, a file or, maybe, a ``folder``."""
+    if '://' in path:
+        return
+    if not Path(path).expanduser().exists():
         raise UsageError(f'{what} {path} does not exist; {remedy}.')
+    if not folder and Path(path).expanduser().is_dir():
+        raise UsageError(f'{what} {path} is a folder; {remedy}.')
 
 
 def check_paths(cfg: Config, splits: tuple[str, ...], pretrained: bool) -> None:
@@ -43,17 +47,17 @@ def check_paths(cfg: Config, splits: tuple[str, ...], pretrained: bool) -> None:
     for split in splits:
         _check_split(cfg, split)
     if pretrained:
-        for key, node in _dicts(cfg.get('model') or {}, 'model'):
-            init_cfg = node.get('init_cfg')
-            if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
+        for key, node in find_dicts(cfg.get('model') or {}, 'model'):
+            owner, _, rest = key.rpartition('.init_cfg')
+            if owner and (not rest or rest[1:].isdigit()) and is_pretrained(node):
                 remedy = CHECKPOINT_REMEDY.format(key=key)
-                check_file(init_cfg['checkpoint'], f'the pretrained checkpoint of {key},', remedy)
+                check_file(node['checkpoint'], f'the pretrained checkpoint of {owner},', remedy)
 
 
 def _check_split(cfg: Config, split: str) -> None:
     remedy = DATA_REMEDY.format(split=split)
     dataset = (cfg.get(f'{split}_dataloader') or {}).get('dataset', {})
-    for _, node in _dicts(dataset):
+    for _, node in find_dicts(dataset):
         root, ann_file, prefix = (node.get(key) or '' for key in ('data_root', 'ann_file', 'data_prefix'))
         if not isinstance(root, str) or '://' in root:
             continue
@@ -63,23 +67,10 @@ def _check_split(cfg: Config, split: str) -> None:
             if isinstance(name, str) and name:
                 check_file(str(Path(root) / name), f'the {split} {what}', remedy)
     if split != 'train':
-        for _, node in _dicts(cfg.get(f'{split}_evaluator') or {}):
+        for _, node in find_dicts(cfg.get(f'{split}_evaluator') or {}):
             if isinstance(node.get('ann_file'), str):
                 check_file(node['ann_file'], f'the annotation file of {split}_evaluator', remedy)
 
 
 def _strings(prefix: str | dict) -> list[str]:
     return list(prefix.values()) if isinstance(prefix, dict) else [prefix]
-
-
-def _dicts(node: object, key: str = '') -> Iterator[tuple[str, dict]]:
-    """Find all dicts in ``node``, itself included, each with its dotted key."""
-    if isinstance(node, dict):
-        yield key, node
-        children = list(node.items())
-    elif isinstance(node, (list, tuple)):
-        children = list(enumerate(node))
-    else:
-        return
-    for name, child in children:
-        yield from _dicts(child, f'{key}.{name}')

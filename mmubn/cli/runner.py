@@ -15,7 +15,10 @@ import mmubn.openmmlab.pretrained  # noqa: F401 - the tools know init_cfg.strict
 from mmubn.cli.errors import UsageError
 from mmubn.cli.launcher import end_with_launcher
 from mmubn.openmmlab.config_checks import check_efficient_conv_bn_eval, check_norm_types, check_norms_used
+from mmubn.openmmlab.config_types import name_types
 from mmubn.openmmlab.hooks.class_count import ClassCountHook
+from mmubn.openmmlab.hooks.resumed_model import ResumedModelHook
+from mmubn.openmmlab.safe_reader import ResumedConfigHook
 
 __all__ = ['build_runner']
 
@@ -37,8 +40,9 @@ def build_runner(cfg: Config) -> Runner:
         UsageError: More processes than GPUs on this machine.
         ConfigError: A norm type that is not registered, a network that does not use the norm that its config names, or
             a config that asks MMEngine to replace norms of this package. The runner itself raises one, before its first
-            iteration, where class counts differ.
+            iteration, where class counts differ, and a CheckpointError where it is to resume a run with another norm.
     """
+    name_types(cfg)
     check_norm_types(cfg)
     check_efficient_conv_bn_eval(cfg)
     if cfg.launcher == 'pytorch':
@@ -52,7 +56,8 @@ def build_runner(cfg: Config) -> Runner:
                 raise UsageError(f'{processes} processes were asked for on a machine with {gpus} GPUs; ask for {gpus}.')
     runner = Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
     check_norms_used(cfg, runner.model)
-    runner.register_hook(ClassCountHook(), priority='VERY_HIGH')
+    for hook in (ClassCountHook(), ResumedConfigHook(), ResumedModelHook()):
+        runner.register_hook(hook, priority='VERY_HIGH')
     return runner
 
 

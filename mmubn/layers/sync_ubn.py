@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmubn import functional
 from mmubn.layers.ubn import UBN
@@ -14,7 +13,7 @@ from mmubn.ops import Backend, BatchStatistics, Decision, Form, Gate, Moments, P
 __all__ = ['SyncUBN']
 
 
-class SyncUBN(UBN, _BatchNorm):
+class SyncUBN(UBN):
     """UBN with batch statistics over all processes and one gate for all, for few images per GPU.
 
     In distributed training, mean and variance are those of the samples of all processes, weighted by their number of
@@ -41,9 +40,9 @@ class SyncUBN(UBN, _BatchNorm):
     def _decide(self, x: Tensor, moments: Moments, backend: Backend, form: Form, parameters: Parameters) -> Decision:
         if not self._synchronizes():
             return super()._decide(x, moments, backend, form, parameters)
-        gate = self._gate(x, moments)
+        gate, running = self._gate_and_running(x, moments)
         similarity, batch = self._gather(x, moments, backend, gate)
-        return backend.decide_by(similarity, batch, gate, self._running(gate))
+        return backend.decide_by(similarity, batch, gate, running)
 
     def _gather(
         self, x: Tensor, moments: Moments, backend: Backend, gate: Gate | Tensor

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmubn import functional
 from mmubn.layers.arguments import is_int, is_number, require
 from mmubn.layers.unified_norm import UnifiedNorm
 from mmubn.ops import Gate, Moments
@@ -12,7 +13,7 @@ from mmubn.ops import Gate, Moments
 __all__ = ['UBN']
 
 
-class UBN(UnifiedNorm, _BatchNorm):
+class UBN(UnifiedNorm):
     r"""Unified Batch Normalization over a 4-D input.
 
     .. math::
@@ -32,12 +33,13 @@ class UBN(UnifiedNorm, _BatchNorm):
     kernel_size=1``) this is ``nn.BatchNorm2d``. A fresh UBN is a BatchNorm scaled by sigmoid(1), and a BatchNorm
     state dict loads to exactly BatchNorm's function. A ``momentum`` of None or 1, as set by tools that re-estimate
     statistics (``torch.optim.swa_utils.update_bn``, MMPretrain's PreciseBNHook), always takes the batch's statistics
-    and leaves tau alone.
+    and leaves tau alone. ``reset_running_stats()`` sets tau to 1: the gate opens.
 
     Args:
         num_features: C, the number of channels.
         eps: Added to the variance.
-        momentum: Momentum m of the running mean and variance, in [0, 1].
+        momentum: Momentum m of the running mean and variance, in [0, 1]; None for their plain average over all batches.
+        affine, track_running_stats, device, dtype: As in ``nn.BatchNorm2d``; affine is True.
         threshold: Feature condensation threshold T, in [-1, 1]. None turns the gate off: always the batch's statistics.
         similarity_momentum: Momentum m_s of the running similarity, in [0, 1].
         similarity_samples: The similarity is taken over the first samples of the batch, at most this many; at least 2.
@@ -49,7 +51,8 @@ class UBN(UnifiedNorm, _BatchNorm):
     Attributes:
         weight: Centre tap of the depthwise kernel, (C,): BatchNorm's gamma. Starts at 1.
         bias: beta, (C,). Starts at 0.
-        neighbor_weight: The other taps, row by row without the centre, (C, k*k - 1), None for k = 1. Starts at 0.
+        neighbor_weight: The other taps of each channel in turn, row by row without the centre, (C * (k*k - 1),), None
+            for k = 1. Starts at 0.
         center_weight: w_m, (C,), None without centering. Starts at 0.
         scale_weight, scale_bias: w_v and w_b, each (C,), None without scaling. Start at 0 and 1.
         running_mean, running_var, num_batches_tracked: As in BatchNorm.
@@ -76,7 +79,12 @@ class UBN(UnifiedNorm, _BatchNorm):
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
         threshold: float | None = 0.15,
         similarity_momentum: float = 0.1,
         similarity_samples: int = 16,
@@ -110,6 +118,10 @@ class UBN(UnifiedNorm, _BatchNorm):
             num_features,
             eps,
             momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
             centering=centering,
             scaling='rectified' if scaling else None,
             kernel_size=kernel_size,
@@ -125,11 +137,12 @@ class UBN(UnifiedNorm, _BatchNorm):
         return self.threshold is not None and self.momentum is not None and self.momentum < 1
 
     def _gate(self, x: Tensor, moments: Moments) -> Gate | Tensor:
-        if self.threshold is None or not self._gate_acts():
+        if self.threshold is None or not self._gate_acts() or not self._has_running_statistics():
             return super()._gate(x, moments)
-        if self.running_similarity.dim() != 0:
-            raise ValueError(
-                f'{type(self).__name__}: running_similarity must have shape (), '
-                f'got {tuple(self.running_similarity.shape)}.'
-            )
-        return Gate(self.running_similarity, self.similarity_momentum, self.threshold, self.similarity_samples)
+        tau = self.running_similarity
+        if tau is None or tau.dim() != 0:
+            received = None if tau is None else tuple(tau.shape)
+            raise ValueError(f'{type(self).__name__}: running_similarity must have shape (), got {received}.')
+        if not self._moves():
+            return functional.is_condensed(tau, self.threshold)
+        return Gate(tau, self.similarity_momentum, self.threshold, self.similarity_samples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,16 +11,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmubn import functional, ops
-from mmubn.checkpoints import FACTORS, INITIAL_SCALE_BIAS, Target, convert_state
+from mmubn.checkpoints import FACTORS, INITIAL_SCALE_BIAS
 from mmubn.layers.arguments import is_int, is_number, require
-from mmubn.layers.recomputation import Call, RecentCalls
+from mmubn.layers.loading import convert_entries, read_overlay
+from mmubn.layers.recomputation import Call, RecordedCalls, is_recomputation
+from mmubn.layers.tracing import node_in_trace
 from mmubn.layers.unfoldable_eps import UnfoldableEps
 from mmubn.ops import Backend, Decision, Form, Gate, Moments, Parameters, Running, Statistics
 
 __all__ = ['UnifiedNorm']
 
 
-class UnifiedNorm(_BatchNorm):
+class UnifiedNorm(nn.BatchNorm2d):
     r"""The core of UBN, SyncUBN, RBN, BNET, IEBN and UnitizedBN, each of which is a choice of its arguments.
 
     .. math::
@@ -29,13 +32,21 @@ class UnifiedNorm(_BatchNorm):
     ``scaling`` names (:func:`mmubn.functional.coefficients`), and mu, sigma the batch's statistics in training, where
     no gate says otherwise, and the running ones in evaluation.
 
-    A subclass calls this constructor and may override :meth:`_gate`, :meth:`_decide` or ``input_dims``. It names
-    ``_BatchNorm`` among its bases once more: MMEngine's initialisers recognise a norm by its direct bases alone.
+    A subclass calls this constructor and may override :meth:`_gate`, :meth:`_decide` or ``input_dims``. It is a
+    BatchNorm2d by its direct bases too (:meth:`__init_subclass__`).
+
+    **As a BatchNorm2d.** A training forward moves nothing while ``track_running_stats`` is False or ``momentum`` is 0;
+    a gate then decides by the running similarity as it is. Without running statistics (``track_running_stats=False``
+    in the constructor, or buffers set to None) the batch's normalise, in evaluation too, and no gate acts.
 
     Args:
         num_features: C, the number of channels.
         eps: Added to the variance.
-        momentum: Momentum m of the running mean and variance, in [0, 1].
+        momentum: Momentum m of the running mean and variance, in [0, 1]; None for their plain average over all batches,
+            which no gate holds up.
+        affine: True; there is no such layer without parameters.
+        track_running_stats: Whether there are running statistics.
+        device, dtype: Of the parameters and buffers.
         centering: Whether to rectify centering (w_m).
         scaling: The factor r: ``'rectified'``, ``'instance'``, ``'unitized'`` or None for r = 1.
         kernel_size: k of the affine step, odd. 1 is BatchNorm's affine step.
@@ -45,27 +56,42 @@ class UnifiedNorm(_BatchNorm):
     Attributes:
         weight: Centre tap of the depthwise kernel, (C,): BatchNorm's gamma. Starts at 1.
         bias: beta, (C,). Starts at 0.
-        neighbor_weight: The other taps, row by row without the centre, (C, k*k - 1), None for k = 1. Starts at 0.
+        neighbor_weight: The other taps of each channel in turn, row by row without the centre, (C * (k*k - 1),), None
+            for k = 1. Starts at 0. One-dimensional, so that optimizers and initialisers that go by the number of
+            dimensions take it for a parameter of a norm.
         center_weight: w_m, (C,), None without centering. Starts at 0.
         scale_weight, scale_bias: w_v and w_b, each (C,), None where r has none. w_v starts at 0.
         running_mean, running_var, num_batches_tracked: As in BatchNorm.
+        drop, act: What follows the norm in the same layer, in networks of timm alone (mmubn.openmmlab.timm_norms).
     """
+
+    _version = 3  # 2: neighbor_weight was (C, k*k - 1)
 
     input_dims: ClassVar[dict[int, str]] = {4: '(N, {}, H, W)'}
 
-    # Never None here, as they are in a BatchNorm without running statistics or affine step.
+    was_converted = False  # whether it was read from the state dict of another norm
+
     weight: nn.Parameter
     bias: nn.Parameter
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-    running_similarity: Tensor  # of a layer with a gate
+    running_similarity: Tensor | None  # of a layer with a gate and running statistics
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Name BatchNorm2d and ``_BatchNorm`` among the direct bases: MMEngine's initialisers look at no others."""
+        super().__init_subclass__(**kwargs)
+        bases = cls.__bases__
+        last = max(i for i, base in enumerate(bases) if issubclass(base, UnifiedNorm)) + 1
+        norms = tuple(base for base in (nn.BatchNorm2d, _BatchNorm) if base not in bases)
+        cls.__bases__ = (*bases[:last], *norms, *bases[last:])
 
     def __init__(
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         centering: bool = False,
         scaling: str | None = None,
@@ -76,33 +102,43 @@ class UnifiedNorm(_BatchNorm):
         name = type(self).__name__
         require(is_int(num_features) and num_features > 0, name, 'num_features', num_features, 'a positive integer')
         require(is_number(eps, 0) and eps > 0, name, 'eps', eps, 'a positive number')
-        require(is_number(momentum, 0, 1), name, 'momentum', momentum, 'a number in [0, 1]')
+        is_momentum = momentum is None or is_number(momentum, 0, 1)
+        require(is_momentum, name, 'momentum', momentum, 'a number in [0, 1], or None')
+        require(
+            affine is True, name, 'affine', affine, 'True; use nn.BatchNorm2d where a norm is to have no parameters'
+        )
+        require(
+            isinstance(track_running_stats, bool), name, 'track_running_stats', track_running_stats, 'True or False'
+        )
         factors = ', '.join(map(repr, FACTORS))
         require(scaling is None or scaling in FACTORS, name, 'scaling', scaling, f'one of {factors}, or None')
         is_odd = is_int(kernel_size) and kernel_size > 0 and kernel_size % 2 == 1
         require(is_odd, name, 'kernel_size', kernel_size, 'a positive odd integer')
-        super().__init__(num_features, eps=eps, momentum=momentum)
+        super().__init__(num_features, eps, momentum, True, track_running_stats, device=device, dtype=dtype)
         self.centering = centering
         self.scaling = scaling
         self.kernel_size = kernel_size
         self.calibrate_bias = calibrate_bias
 
-        def vector(present: bool, *shape: int) -> nn.Parameter | None:
-            return nn.Parameter(torch.empty(num_features, *shape)) if present else None
+        def vector(present: bool, per_channel: int = 1) -> nn.Parameter | None:
+            if not present:
+                return None
+            return nn.Parameter(torch.empty(num_features * per_channel, device=device, dtype=dtype))
 
         self.neighbor_weight = vector(kernel_size > 1, kernel_size**2 - 1)
         self.center_weight = vector(centering)
         self.scale_weight = vector(scaling is not None)
         self.scale_bias = vector(scaling in INITIAL_SCALE_BIAS)
         if gated:
-            self.register_buffer('running_similarity', torch.ones((), dtype=torch.float32))
-        self._calls = RecentCalls()
+            tau = torch.ones((), device=device, dtype=dtype or torch.float32)
+            self.register_buffer('running_similarity', tau if track_running_stats else None)
+        self._calls = RecordedCalls()
         self._reset_rectifications()
 
     @property
     def eps(self) -> float:
         """Added to the variance. Others may read and set it; adding it to a tensor folds the layer away: an error."""
-        return UnfoldableEps(self._eps, type(self).__name__)
+        return UnfoldableEps(self._eps, self)
 
     @eps.setter
     def eps(self, value: float) -> None:
@@ -115,10 +151,16 @@ class UnifiedNorm(_BatchNorm):
         if '_calls' in self.__dict__:
             self._reset_rectifications()
 
+    def reset_running_stats(self) -> None:
+        """Set the running statistics to their initial values. Where there is a gate, it opens."""
+        super().reset_running_stats()
+        if (tau := self._buffers.get('running_similarity')) is not None:
+            tau.fill_(1)
+
     def _reset_rectifications(self) -> None:
         with torch.no_grad():
-            if 'running_similarity' in self._buffers:
-                self.running_similarity.fill_(1)
+            if (tau := self._buffers.get('running_similarity')) is not None:
+                tau.fill_(1)
             for name, value in self.initial_rectifications().items():
                 getattr(self, name).copy_(value)
 
@@ -134,10 +176,8 @@ class UnifiedNorm(_BatchNorm):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, torch.fx.Proxy) and (path := _path_in_trace(self, x)):
-            # One node of a traced graph, as the norms of torch.nn are: it follows the mode of the layer, which a trace
-            # through this method would freeze.
-            return x.tracer.create_proxy('call_module', path, (x,), {})
+        if (node := node_in_trace(self, x)) is not None:
+            return node
         self._check_input(x)
         shape = x.shape
         if x.numel() == 0:
@@ -148,7 +188,14 @@ class UnifiedNorm(_BatchNorm):
         # Autocast would run the convolution in half precision; the mixed precision here is float32 inside.
         with functional.without_autocast(x.device.type):
             y = self._normalize(x)
-        return y if y.shape == shape else y.reshape(shape)
+        return self.drop_and_act(y if y.shape == shape else y.reshape(shape))
+
+    def drop_and_act(self, y: Tensor) -> Tensor:
+        """What follows the norm in the same layer, in networks of timm: its children ``drop`` and ``act``."""
+        for name in ('drop', 'act'):
+            if (part := self._modules.get(name)) is not None:
+                y = part(y)
+        return y
 
     def _normalize(self, x: Tensor) -> Tensor:
         """The steps: moments -> similarity -> gate -> statistics, without gradients, then coefficients -> apply."""
@@ -157,17 +204,33 @@ class UnifiedNorm(_BatchNorm):
         is_traced = torch.jit.is_tracing()
         is_differentiated = torch.is_grad_enabled() and not is_traced
         form = Form(self._eps, self.scaling, self.calibrate_bias, self.kernel_size)
-        parameters = Parameters(
-            self.weight, self.bias, self.neighbor_weight, self.center_weight, self.scale_weight, self.scale_bias
-        )
         if not is_traced:
-            self._check_shapes(parameters)
+            self._check_shapes()
+        parameters = self._parameters_by_channel()
         with torch.no_grad():
-            if self.training and (x.numel() > 0 or self._synchronizes()):
-                statistics = self._training_statistics(x, backend, form, parameters)
+            # Statistics have no gradient of any kind: no_grad is for the backward alone.
+            transformed = ops.is_transformed()
+            data, fixed = (x.detach(), parameters.detach()) if transformed else (x, parameters)
+            if self._uses_batch() and (x.numel() > 0 or self._synchronizes()):
+                statistics = self._batch_statistics(data, backend, form, fixed)
             else:
-                statistics = self._running_statistics(x, backend, with_copies=is_differentiated)
+                statistics = self._running_statistics(data, backend, with_copies=is_differentiated)
         return ops.rectified_norm(backend, x, statistics, form, parameters)
+
+    def _parameters_by_channel(self) -> Parameters:
+        neighbors = None if self.neighbor_weight is None else self.neighbor_weight.view(self.num_features, -1)
+        return Parameters(self.weight, self.bias, neighbors, self.center_weight, self.scale_weight, self.scale_bias)
+
+    def _has_running_statistics(self) -> bool:
+        return self.running_mean is not None or self.running_var is not None
+
+    def _uses_batch(self) -> bool:
+        """Whether the batch's statistics may normalise: in training, and where there are no others, as in BatchNorm."""
+        return self.training or not self._has_running_statistics()
+
+    def _moves(self) -> bool:
+        """Whether a training forward moves the buffers."""
+        return self.training and self.track_running_stats and self.momentum != 0 and self._has_running_statistics()
 
     def _running_statistics(self, x: Tensor, backend: Backend, with_copies: bool) -> Statistics:
         """The running statistics, and the moments of x that the coefficients depend on."""
@@ -178,8 +241,16 @@ class UnifiedNorm(_BatchNorm):
         elif self.centering or self.scaling is not None:
             a = backend.instance_means(x)
         # Copies: an update of the buffers by a later call must not change what this call's backward reads.
-        mean, var = (buffer.to(dtype, copy=with_copies) for buffer in (self.running_mean, self.running_var))
+        running_mean, running_var = self._running_mean_and_var(x)
+        mean, var = (buffer.to(dtype, copy=with_copies) for buffer in (running_mean, running_var))
         return Statistics(a, v, mean, var)
+
+    def _running_mean_and_var(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The buffers, or, where there are none, their initial values."""
+        if self.running_mean is not None and self.running_var is not None:
+            return self.running_mean, self.running_var
+        mean = x.new_zeros(self.num_features, dtype=functional.statistics_dtype(x))
+        return mean, torch.ones_like(mean)
 
     def _moments(self, x: Tensor, backend: Backend) -> Moments:
         """The instance moments; of no samples, none: backends take an input with elements."""
@@ -188,13 +259,14 @@ class UnifiedNorm(_BatchNorm):
         a, v = x.new_empty((2, 0, self.num_features), dtype=functional.statistics_dtype(x)).unbind(0)
         return Moments(a, v)
 
-    def _training_statistics(self, x: Tensor, backend: Backend, form: Form, parameters: Parameters) -> Statistics:
+    def _batch_statistics(self, x: Tensor, backend: Backend, form: Form, parameters: Parameters) -> Statistics:
         """The statistics that normalise a training batch. Moves the buffers in place and never waits for the device."""
         moments = self._moments(x, backend)
-        call, coefficients = self._calls.recomputed(moments.a), None
+        call, coefficients = self._calls.repeated(moments.a), None
         if call is None:
             decision = self._decide(x, moments, backend, form, parameters)
-            self._move(decision)
+            if self._moves():
+                self._move(decision, self._moves_in_compiled_graph(moments))
             call = Call(moments.a, decision.mean, decision.var, decision.condensed, decision.num_values)
             coefficients = decision.coefficients
             self._calls.record(call)
@@ -205,8 +277,24 @@ class UnifiedNorm(_BatchNorm):
 
     def _decide(self, x: Tensor, moments: Moments, backend: Backend, form: Form, parameters: Parameters) -> Decision:
         """What the gate and the statistics of a training batch come to."""
+        gate, running = self._gate_and_running(x, moments)
+        return backend.decide(x, moments, gate, form, parameters, running)
+
+    def _gate_and_running(self, x: Tensor, moments: Moments) -> tuple[Gate | Tensor, Running]:
         gate = self._gate(x, moments)
-        return backend.decide(x, moments, gate, form, parameters, self._running(gate))
+        running = self._running(x, gate)
+        if (moves := self._moves_in_compiled_graph(moments)) is not None:
+            # A momentum of 0 where the graph runs again: see RecordedCalls.
+            running = running._replace(momentum=running.momentum * moves.to(running.var.dtype))
+            if isinstance(gate, Gate):
+                gate = gate._replace(momentum=gate.momentum * moves.to(gate.running_similarity.dtype))
+        return gate, running
+
+    def _moves_in_compiled_graph(self, moments: Moments) -> Tensor | None:
+        """Whether a compiled graph moves the buffers, 0-d bool, not so where it repeats a forward; None elsewhere."""
+        if not torch.compiler.is_compiling() or ops.is_exporting() or not self._moves():
+            return None
+        return ~is_recomputation(moments.a)
 
     def _gate(self, x: Tensor, moments: Moments) -> Gate | Tensor:
         """Whether the features are condensed, so that the batch's own statistics are used.
@@ -215,47 +303,69 @@ class UnifiedNorm(_BatchNorm):
         """
         return torch.ones((), dtype=torch.bool, device=x.device)
 
-    def _running(self, gate: Gate | Tensor) -> Running:
+    def _running(self, x: Tensor, gate: Gate | Tensor) -> Running:
         """The running statistics. As in BatchNorm, momentum None is the plain average over all batches tracked."""
         momentum: float | Tensor | None = self.momentum
+        mean, var = self._running_mean_and_var(x)
         if momentum is None:
             assert isinstance(gate, Tensor), 'a similarity decides only where momentum is a number'
-            momentum = 1 / (self.num_batches_tracked + gate).to(self.running_var.dtype)
-        return Running(self.running_mean, self.running_var, momentum)
+            count = self.num_batches_tracked
+            momentum = 1.0 if count is None else 1 / (count + gate).to(var.dtype)
+        return Running(mean, var, momentum)
 
-    def _move(self, decision: Decision) -> None:
+    def _move(self, decision: Decision, moves: Tensor | None) -> None:
         """Write the new buffers, in place: DDP, EMA and CUDA graphs hold references to them."""
-        self.num_batches_tracked.add_(decision.condensed)
+        assert self.running_mean is not None
+        assert self.running_var is not None
         buffers = [self.running_mean, self.running_var]
         values = [decision.running_mean, decision.running_var]
-        if decision.running_similarity is not None:
+        if decision.running_similarity is not None and self.running_similarity is not None:
             # By a view of shape (1,): torch.compile (2.12) loses an in-place update of a 0-d float64 buffer.
             buffers.append(self.running_similarity.view(1))
             values.append(decision.running_similarity.view(1))
-        torch._foreach_copy_(buffers, values)
+        if ops.is_transformed():
+            self._move_in_transform(buffers, values)
+        else:
+            torch._foreach_copy_(buffers, values)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(decision.condensed if moves is None else decision.condensed & moves)
+
+    def _move_in_transform(self, buffers: list[Tensor], values: list[Tensor]) -> None:
+        """One by one: torch.func has no rule for the other. What it refuses to a BatchNorm it refuses here."""
+        try:
+            for buffer, value in zip(buffers, values, strict=True):
+                buffer.copy_(value)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f'{type(self).__name__} in training moves its running statistics in place, which a transform of '
+                'torch.func allows for buffers that it was given alone, as with nn.BatchNorm2d: call eval(), give the '
+                'buffers to torch.func.functional_call, or use torch.func.replace_all_batch_norm_modules_(model), '
+                'after which there are none.'
+            ) from error
 
     def _synchronizes(self) -> bool:
         """Whether the batch is that of several processes."""
         return False
 
-    def _check_shapes(self, parameters: Parameters) -> None:
+    def _check_shapes(self) -> None:
         """Raise a ValueError for a tensor that was replaced by one of another length; kernels would read beyond it."""
         vector = (self.num_features,)
-        taps = (self.num_features, self.kernel_size**2 - 1) if self.kernel_size > 1 else None
+        taps = (self.num_features * (self.kernel_size**2 - 1),) if self.kernel_size > 1 else None
         center = vector if self.centering else None
         scale = vector if self.scaling is not None else None
         scale_bias = vector if self.scaling in INITIAL_SCALE_BIAS else None
         mean, var = self._buffers.get('running_mean'), self._buffers.get('running_var')
+        running = None if mean is None and var is None else vector
         # One expression, since a loop over names takes the host longer than some kernels take the device.
         if (
-            _has_shape(parameters.weight, vector)
-            and _has_shape(parameters.bias, vector)
-            and _has_shape(parameters.neighbor_weight, taps)
-            and _has_shape(parameters.center_weight, center)
-            and _has_shape(parameters.scale_weight, scale)
-            and _has_shape(parameters.scale_bias, scale_bias)
-            and _has_shape(mean, vector)
-            and _has_shape(var, vector)
+            _has_shape(self.weight, vector)
+            and _has_shape(self.bias, vector)
+            and _has_shape(self.neighbor_weight, taps)
+            and _has_shape(self.center_weight, center)
+            and _has_shape(self.scale_weight, scale)
+            and _has_shape(self.scale_bias, scale_bias)
+            and _has_shape(mean, running)
+            and _has_shape(var, running)
         ):
             return
         expected = {
@@ -265,51 +375,118 @@ class UnifiedNorm(_BatchNorm):
             'center_weight': center,
             'scale_weight': scale,
             'scale_bias': scale_bias,
-            'running_mean': vector,
-            'running_var': vector,
+            'running_mean': running,
+            'running_var': running,
         }
         for name, shape in expected.items():
             tensor = getattr(self, name)
             if not _has_shape(tensor, shape):
                 received = None if tensor is None else tuple(tensor.shape)
                 raise ValueError(
-                    f'{type(self).__name__}: {name} must have shape {shape}, got {received}; '
-                    f'this layer has num_features={self.num_features} and kernel_size={self.kernel_size}.'
+                    f'{type(self).__name__}: {name} must have shape {shape}, got {received}; this layer has '
+                    f'num_features={self.num_features} and kernel_size={self.kernel_size}: choose channels with '
+                    'layer.select_channels(index), which takes all its tensors along.'
                 )
 
     def _check_input(self, x: Tensor) -> None:
         name, channels = type(self).__name__, self.num_features
+        expected = ' or '.join(shape.format(channels) for shape in self.input_dims.values())
+        if not isinstance(x, (Tensor, torch.fx.Proxy)):
+            raise ValueError(
+                f'{name} expected a tensor of shape {expected}, got a {type(x).__name__}; '
+                'convert an array with torch.as_tensor, and hand the maps of a list over one by one.'
+            )
         if x.dim() not in self.input_dims or x.shape[1] != channels:
-            expected = ' or '.join(shape.format(channels) for shape in self.input_dims.values())
             raise ValueError(
                 f'{name} expected input of shape {expected}, got {tuple(x.shape)}; '
                 'num_features must be the number of channels of the layer before.'
             )
         if not x.is_floating_point():
-            raise ValueError(f'{name} expected a floating point input, got {x.dtype}; convert it with .float().')
-        if self.training and x.numel() == channels and not self._synchronizes():
+            advice = 'convert it with .float()'
+            if x.is_quantized:
+                advice = (
+                    'fold first and quantize the graph, which leaves this layer in float: '
+                    'torch.ao.quantization.quantize_fx.prepare_fx(mmubn.fold(model.eval()), ...)'
+                )
+            raise ValueError(f'{name} expected a floating point input, got {x.dtype}; {advice}.')
+        if x.numel() == channels and self._uses_batch() and not self._synchronizes():
             raise ValueError(
                 f'{name} needs more than 1 value per channel in training, got input of shape {tuple(x.shape)}; '
                 'use a larger batch or call eval() on the layer.'
             )
 
+    @torch.no_grad()
+    def select_channels(self, index: Tensor | Sequence[int] | Sequence[bool] | slice) -> None:
+        """Keep the channels of ``index`` alone, in its order, as structured pruning asks of a norm.
+
+        All tensors of a channel go with it: the layer is then the one that was built with so many channels and given
+        their values. Parameters become new ones, with their gradients and ``requires_grad``: an optimizer must be built
+        again, as after any pruning.
+
+        Args:
+            index: Channels to keep: their numbers, each once, a mask of (C,), or a slice.
+
+        Raises:
+            ValueError: No channel is left, one is not there, or another library has sliced some of the tensors before.
+                Nothing is changed then.
+        """
+        self._check_shapes()
+        channels = self.num_features
+        kept = self._channel_numbers(index)
+
+        def select(tensor: Tensor) -> Tensor:
+            return tensor.view(channels, -1)[kept.to(tensor.device)].reshape(-1)
+
+        for key, parameter in list(self.named_parameters(recurse=False)):
+            selected = nn.Parameter(select(parameter), requires_grad=parameter.requires_grad)
+            selected.grad = None if parameter.grad is None else select(parameter.grad)
+            setattr(self, key, selected)
+        for key, buffer in list(self.named_buffers(recurse=False)):
+            if buffer.dim() == 1:
+                setattr(self, key, select(buffer))
+        self.num_features = len(kept)
+
+    def _channel_numbers(self, index: Any) -> Tensor:
+        """What the index of :meth:`select_channels` comes to, each number from 0 to C - 1."""
+        name, channels = type(self).__name__, self.num_features
+        try:
+            chosen = index if isinstance(index, slice) else torch.as_tensor(index, device='cpu')
+            if isinstance(chosen, Tensor) and chosen.dtype != torch.bool:
+                numbers = chosen.long()  # of uint8 too, which torch takes for a mask
+                if not torch.equal(numbers, chosen):
+                    raise TypeError('not whole numbers')
+                chosen = numbers
+            numbers = torch.arange(channels)[chosen]
+            if numbers.dim() != 1 or len(numbers.unique()) < len(numbers):
+                raise IndexError('not a list of channels')
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f'{name}: index must be numbers of channels from 0 to {channels - 1}, each at most once, a mask of '
+                f'({channels},) or a slice, got {index}.'
+            ) from error
+        if len(numbers) == 0:
+            raise ValueError(f'{name}: index must leave at least one of {channels} channels, got {index}.')
+        return numbers
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script calls before it compiles a module."""
+        error = (
+            f'{type(self).__name__} cannot be scripted: trace the model in evaluation, torch.jit.trace(model.eval(), x)'
+        )
+        if self.scaling != 'unitized':
+            error += ', or fold its norms first, torch.jit.script(mmubn.fold(model.eval()))'
+        raise RuntimeError(f'{error}.')
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
-        tensors = {**dict(self.named_parameters(recurse=False)), **dict(self.named_buffers(recurse=False))}
-        own = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        name = type(self).__name__
-        target = Target(f'this {name}', own.keys(), self.scaling, self.kernel_size, self.calibrate_bias)
-        convert_state(name, own, target, state_dict, prefix)
+        read_overlay(self, state_dict, prefix)
+        convert_entries(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         arguments = inspect.signature(type(self).__init__).parameters
-        named = (f'{name}={getattr(self, name)}' for name in arguments if name not in ('self', 'num_features'))
+        others = ('self', 'num_features', 'device', 'dtype')
+        named = (f'{name}={getattr(self, name)}' for name in arguments if name not in others)
         return ', '.join((str(self.num_features), *named))
-
-
-def _path_in_trace(layer: nn.Module, x: torch.fx.Proxy) -> str:
-    """Name of a layer in the module that torch.fx traces; empty for the traced module itself, which can be no node."""
-    return x.tracer.path_of_module(layer) if isinstance(x.tracer, torch.fx.Tracer) else ''
 
 
 def _has_shape(tensor: Tensor | None, shape: tuple[int, ...] | None) -> bool:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch.nn.modules.batchnorm import _BatchNorm
+import torch
 
 from mmubn.layers.unified_norm import UnifiedNorm
 
 __all__ = ['BNET', 'IEBN', 'RBN', 'UnitizedBN']
 
 
-class RBN(UnifiedNorm, _BatchNorm):
+class RBN(UnifiedNorm):
     r"""Representative Batch Normalization: BatchNorm with centering and scaling calibrated per image.
 
     .. math::
@@ -23,7 +23,8 @@ class RBN(UnifiedNorm, _BatchNorm):
     Args:
         num_features: C, the number of channels.
         eps: Added to the variance.
-        momentum: Momentum of the running mean and variance, in [0, 1].
+        momentum: Momentum of the running mean and variance, in [0, 1]; None for their plain average over all batches.
+        affine, track_running_stats, device, dtype: As in ``nn.BatchNorm2d``; affine is True.
 
     Shape:
         Input (N, C, H, W) of any floating dtype; output the same.
@@ -34,11 +35,22 @@ class RBN(UnifiedNorm, _BatchNorm):
     Source: Representative Batch Normalization with Feature Calibration, CVPR 2021.
     """
 
-    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
-        super().__init__(num_features, eps, momentum, centering=True, scaling='rectified')
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, centering=True, scaling='rectified'
+        )
 
 
-class BNET(UnifiedNorm, _BatchNorm):
+class BNET(UnifiedNorm):
     r"""BatchNorm whose affine step is a depthwise convolution.
 
     .. math::
@@ -47,7 +59,8 @@ class BNET(UnifiedNorm, _BatchNorm):
     Args:
         num_features: C, the number of channels.
         eps: Added to the variance.
-        momentum: Momentum of the running mean and variance, in [0, 1].
+        momentum: Momentum of the running mean and variance, in [0, 1]; None for their plain average over all batches.
+        affine, track_running_stats, device, dtype: As in ``nn.BatchNorm2d``; affine is True.
         kernel_size: k, odd.
 
     Shape:
@@ -59,11 +72,24 @@ class BNET(UnifiedNorm, _BatchNorm):
     Source: BNET, arXiv 2011.14150.
     """
 
-    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, kernel_size: int = 3) -> None:
-        super().__init__(num_features, eps, momentum, kernel_size=kernel_size)
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        kernel_size: int = 3,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, kernel_size=kernel_size
+        )
 
 
-class IEBN(UnifiedNorm, _BatchNorm):
+class IEBN(UnifiedNorm):
     r"""Instance Enhancement Batch Normalization: BatchNorm times a factor of the image's own channel mean.
 
     .. math::
@@ -74,7 +100,8 @@ class IEBN(UnifiedNorm, _BatchNorm):
     Args:
         num_features: C, the number of channels.
         eps: Added to the variance.
-        momentum: Momentum of the running mean and variance, in [0, 1].
+        momentum: Momentum of the running mean and variance, in [0, 1]; None for their plain average over all batches.
+        affine, track_running_stats, device, dtype: As in ``nn.BatchNorm2d``; affine is True.
 
     Shape:
         Input (N, C, H, W) of any floating dtype; output the same.
@@ -85,11 +112,20 @@ class IEBN(UnifiedNorm, _BatchNorm):
     Source: arXiv 1908.04008.
     """
 
-    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
-        super().__init__(num_features, eps, momentum, scaling='instance')
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, scaling='instance')
 
 
-class UnitizedBN(UnifiedNorm, _BatchNorm):
+class UnitizedBN(UnifiedNorm):
     r"""BatchNorm whose output moves, channel by channel, towards that of samples of unit length.
 
     .. math::
@@ -101,7 +137,8 @@ class UnitizedBN(UnifiedNorm, _BatchNorm):
     Args:
         num_features: C, the number of channels.
         eps: Added to the variance, and to q.
-        momentum: Momentum of the running mean and variance, in [0, 1].
+        momentum: Momentum of the running mean and variance, in [0, 1]; None for their plain average over all batches.
+        affine, track_running_stats, device, dtype: As in ``nn.BatchNorm2d``; affine is True.
 
     Shape:
         Input (N, C, H, W) or (N, C) of any floating dtype; output the same.
@@ -114,5 +151,14 @@ class UnitizedBN(UnifiedNorm, _BatchNorm):
 
     input_dims: ClassVar[dict[int, str]] = {2: '(N, {})', 4: '(N, {}, H, W)'}
 
-    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
-        super().__init__(num_features, eps, momentum, scaling='unitized')
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, scaling='unitized')

@@ -26,7 +26,7 @@ other tools, those of MMDetection or MMPretrain, can only import:
     custom_imports = dict(imports=['mmubn', 'mmubn.openmmlab.installed'])
 
 **To do without** a change, whatever asks for it, name it in an environment variable before Python starts. `all` stands
-for all of them; a name that is none is an error:
+for all of them but [safe-reader](#safe-reader), which has an option; a name that is none is an error:
 
     {skip}=layout-report,model-key python tools/train.py ...
 

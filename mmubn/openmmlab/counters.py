@@ -36,7 +36,7 @@ def count_in_mmengine(original: Callable) -> Callable:
     def trace_stand_ins(module: nn.Module, *args, **kwargs):
         layers = [layer for layer in module.modules() if isinstance(layer, UnifiedNorm)]
         for layer in layers:
-            layer.forward = functools.partial(_stand_in, layer)
+            layer.forward = functools.partial(_stand_in_and_act, layer)
         try:
             return original(module, *args, **kwargs)
         finally:
@@ -82,6 +82,10 @@ def _stand_in(layer: UnifiedNorm, x: Tensor) -> Tensor:
     kernel = layer.weight[:, None, None, None].expand(-1, 1, layer.kernel_size, layer.kernel_size)
     x = F.batch_norm(x, mean, var, training=layer.training)
     return F.conv2d(x, kernel, layer.bias, padding=layer.kernel_size // 2, groups=layer.num_features)
+
+
+def _stand_in_and_act(layer: UnifiedNorm, x: Tensor) -> Tensor:
+    return layer.drop_and_act(_stand_in(layer, x))
 
 
 def _subclasses(norm: type) -> list[type]:

@@ -62,11 +62,15 @@ def _missing_safe_globals() -> list[tuple[Any, str]]:
         return []  # there, the default is to load anything
     multiarray = (np._core if hasattr(np, '_core') else np.core).multiarray
     dtypes = {type(np.dtype(name)) for name in ('bool', 'int32', 'int64', 'uint8', 'float32', 'float64')}
-    allowed = [HistoryBuffer, Namespace, np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar, *dtypes]
+    allowed = [HistoryBuffer, Namespace, bytes, np.ndarray, np.dtype, *dtypes]
     # A HistoryBuffer pickles its statistics methods by getattr, under the name it had in Python 2 for old protocols.
     lookups = [(_history_buffer_method, f'{module}.getattr') for module in ('builtins', '__builtin__')]
     # With their names: the plain objects are on onedl-mmengine's own list, which it takes away again after each load.
     names = [(item, f'{item.__module__}.{item.__qualname__}') for item in allowed]
+    for core in ('core', '_core'):  # of NumPy 1 and 2
+        names += [
+            (item, f'numpy.{core}.multiarray.{item.__name__}') for item in (multiarray._reconstruct, multiarray.scalar)
+        ]
     present = torch.serialization.get_safe_globals()
     return [each for each in (*names, *lookups) if each not in present]
 

@@ -18,6 +18,7 @@ from typing import Any
 __all__ = ['ADDITIONS', 'PATCHES', 'SKIP', 'Addition', 'Patch', 'apply', 'install']
 
 SKIP = 'MMUBN_SKIP_PATCHES'  # an environment variable
+SAFE_READER = 'safe-reader'  # the row that it cannot name: tools have an option for it
 
 # What applies a row, ``Patch.when``.
 ON_IMPORT = 'import mmubn'
@@ -26,6 +27,7 @@ ON_PRETRAINED = 'import mmubn.openmmlab.pretrained'
 ON_CPU_AMP = '--amp on a CPU (CPUAmpOptimWrapper)'
 ON_ATOMIC_CHECKPOINTS = 'training with AtomicCheckpointHook'
 ON_PLOTS = 'import mmubn.analysis.plots'
+ON_TOOLS = 'each tool of this package, at its start'
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,57 @@ PATCHES = (
             'mmengine.runner.runner.convert_sync_batchnorm',
             'mmengine._strategy.distributed.convert_sync_batchnorm',
         ),
+    ),
+    Patch(
+        'replaced-norms',
+        (
+            'torch.nn.modules.module._global_module_registration_hooks',
+            'torch.nn.modules.module._global_buffer_registration_hooks',
+            'torch.nn.modules.module._global_parameter_registration_hooks',
+        ),
+        ON_IMPORT,
+        why=(
+            "Converters of other libraries (timm's `convert_sync_batchnorm`, detectron2's frozen norms, "
+            '`torch.utils.mkldnn.to_mkldnn`, loops over `isinstance(m, nn.BatchNorm2d)`) put a norm of their own in '
+            'the place of ours, made from its eps and tensors: the model would train or evaluate as another one. '
+            "Torch's registration hooks tell of it, and it becomes a RuntimeError; a SyncUBN that is to become a "
+            'SyncBatchNorm stays as it is. And the eps of ours becomes a plain number in the module that is given it.'
+        ),
+        others='Nothing: the hooks look at the type of the module that was in the place before, and at eps.',
+        versions='torch 2, tested with 2.12.0',
+        switch_off='Such converters then replace every norm of this package silently, SyncUBN too.',
+        action='mmubn.layers.replacement:watch_replacements',
+    ),
+    Patch(
+        'plain-eps',
+        ('torch.serialization.get_safe_globals()',),
+        ON_IMPORT,
+        why=(
+            'The eps of a norm of this package is a float that refuses to be folded (`mmubn.layers.unfoldable_eps`). '
+            'In a file that `torch.save` or `yaml.safe_dump` writes it is to be a plain number: the reader of '
+            '`torch.load(weights_only=True)` is told that `float` is safe, and yaml how to write this type.'
+        ),
+        others='Nothing: no file of others names `float`, and the type is ours.',
+        versions='torch 2.4 and newer, tested with 2.12.0; PyYAML 6',
+        switch_off='`yaml.safe_dump(norm.eps)` and reading a saved eps fail; write `float(norm.eps)`.',
+        action='mmubn.openmmlab.plain_eps:write_as_float',
+    ),
+    Patch(
+        'timm-norm-act',
+        ('timm.layers.create_norm_act.get_norm_act_layer',),
+        ON_IMPORT,
+        why=(
+            'EfficientNet, RegNet, DenseNet and others of timm make a norm and its activation in one layer, and ask '
+            "this function for its type. It knows timm's own types alone. What it cannot look into, such as the "
+            "function that MMPretrain's TIMMBackbone makes of `norm_layer='UBN'`, never hears of the activation: a "
+            'DenseNet would be built without any, and without a word. A norm of this package then has the activation '
+            'as its child. timm is not imported for it: until somebody imports it, a finder waits in `sys.meta_path`.'
+        ),
+        others='Nothing: for any other norm the original runs.',
+        versions='timm 0.9 and newer, tested with 0.9.16, 1.0.9, 1.0.16 and 1.0.31',
+        switch_off="Networks that timm's function makes norms for end in its `No equivalent norm_act layer for ubn`.",
+        importers=('timm.*.get_norm_act_layer',),
+        action='mmubn.openmmlab.timm_norms:keep_activations',
     ),
     Patch(
         'layout-report',
@@ -190,6 +243,39 @@ PATCHES = (
         action='mmubn.openmmlab.pretrained:register',
     ),
     Patch(
+        SAFE_READER,
+        ('torch.serialization.load',),
+        ON_TOOLS,
+        why=(
+            'A checkpoint is a pickle, which can run any program. onedl-mmengine reads by a list of what is safe, with '
+            'all of `getattr` on it, and where a file holds more, it reads everything. In the process of a tool every '
+            "`torch.load` reads by torch's list and one of this package alone, whatever its caller asks for. All else "
+            'is an error that names what the file holds ([checkpoints](checkpoints.md#what-a-tool-reads)).'
+        ),
+        others='The same for every file that the process reads by `torch.load`. Other processes keep their reader.',
+        versions=f'torch 2, tested with 2.12.0; {MMENGINE}',
+        switch_off=(
+            '`--trust-checkpoint`, an option of the tools that read checkpoints: every `torch.load` of the process '
+            'then reads everything. It is not left out by MMUBN_SKIP_PATCHES.'
+        ),
+        replacement='mmubn.openmmlab.safe_reader:read_by_list',
+        importers=('torch.load',),
+    ),
+    Patch(
+        'url-errors',
+        ('mmengine.runner.checkpoint.load_url',),
+        ON_TOOLS,
+        why=(
+            'Of several processes the first one reads a checkpoint at a URL, and the others wait at a barrier until it '
+            'has. Where it raises an error, as for a file that is refused, they would wait for a process that has '
+            'ended. It then comes to the barrier too, and each of them raises the error.'
+        ),
+        others='The same for a checkpoint of any model.',
+        versions=MMENGINE,
+        switch_off='The other processes end with their launcher, or when the process group times out.',
+        replacement='mmubn.openmmlab.safe_reader:raise_everywhere',
+    ),
+    Patch(
         'bfloat16-operators',
         (
             'mmcv.ops.nms.NMSop.forward',
@@ -249,6 +335,8 @@ PATCHES = (
 ADDITIONS = (
     Addition('mmengine.registry.MODELS', ('UBN', 'SyncUBN', 'RBN', 'BNET', 'IEBN', 'UnitizedBN'), ON_IMPORT),
     Addition('mmengine.registry.HOOKS', ('CovariateShiftHook', 'FeatureCondensationHook'), ON_IMPORT),
+    Addition('yaml.representer.SafeRepresenter.yaml_representers', ('UnfoldableEps',), ON_IMPORT),
+    Addition('torch.ops', ('mmubn::is_recomputation',), ON_IMPORT),
     Addition('torch.ops', ('mmubn::*',), f'{ON_IMPORT}, where Triton is installed'),
     Addition(
         'mmpretrain.registry.MODELS',
@@ -307,7 +395,7 @@ def _apply(chosen: Iterable[Patch]) -> None:
 def _skipped() -> set[str]:
     """The names in MMUBN_SKIP_PATCHES, checked."""
     names = set(filter(None, re.split(r'[,\s]+', os.environ.get(SKIP, ''))))
-    known = [patch.name for patch in PATCHES]
+    known = [patch.name for patch in PATCHES if patch.name != SAFE_READER]
     if 'all' in names:
         return set(known)
     if unknown := sorted(names - set(known)):

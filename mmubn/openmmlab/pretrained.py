@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mmubn.checkpoints import CheckpointError, is_state_dict
 from mmubn.openmmlab import patches
+from mmubn.openmmlab.errors import UnreadCheckpointError
 from mmubn.openmmlab.loading import accepted_checkpoints, log_reads, with_state_dict
 
 __all__ = ['PretrainedInit', 'register']
@@ -40,7 +41,7 @@ class PretrainedInit(_PretrainedInit):
 
     Raises:
         CheckpointError: On a call, in every process: strict, the checkpoint does not fit; or no key starts with
-            ``prefix``. Names the keys and what to do.
+            ``prefix``; or, in a tool, the file is not read. Names the keys, or what the file holds, and what to do.
     """
 
     def __init__(
@@ -83,6 +84,8 @@ class PretrainedInit(_PretrainedInit):
             found = ((missing, 'missing'), (unexpected, 'unexpected'))
             if wrong := [f'{_some(keys)} {what}' for keys, what in found if keys]:
                 raise CheckpointError('; '.join(wrong))
+        except UnreadCheckpointError:
+            raise
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f'{self.checkpoint}, read with init_cfg.prefix={self.prefix!r}, does not fit this '

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook
+from mmengine.registry import HOOKS
 
+from mmubn.openmmlab.config_types import find_type
 from mmubn.openmmlab.hooks.checkpoint import AtomicCheckpointHook
 from mmubn.openmmlab.hooks.iteration_seed import IterationSeedHook
 
@@ -22,10 +24,10 @@ def make_resumable(cfg: Config) -> None:
     """
     hooks = cfg.get('default_hooks') or {}
     checkpoint = hooks.get('checkpoint', dict(type='CheckpointHook', interval=1))
-    if checkpoint and checkpoint.get('type') in ('CheckpointHook', 'mmengine.CheckpointHook', CheckpointHook):
+    if checkpoint and find_type(checkpoint.get('type'), HOOKS) is CheckpointHook:
         cfg.default_hooks = dict(hooks, checkpoint=dict(checkpoint, type='AtomicCheckpointHook'))
     custom = cfg.get('custom_hooks') or []
-    if not any(hook.get('type') == 'IterationSeedHook' for hook in custom if isinstance(hook, dict)):
+    if not any(find_type(hook.get('type'), HOOKS) is IterationSeedHook for hook in custom if isinstance(hook, dict)):
         cfg.custom_hooks = [*custom, dict(type='IterationSeedHook')]
     imports = (cfg.get('custom_imports') or {}).get('imports', [])
     imports = [imports] if isinstance(imports, str) else list(imports)

@@ -1,19 +1,20 @@
-"""Makes the conversion of a model to SyncBatchNorm an error where it would replace a norm of this package.
+"""Makes the conversion of a model to SyncBatchNorm an error before it replaces the first norm of this package.
 
-These norms are ``_BatchNorm``, so that initialisers, optimizers and checkpoints of the ecosystem treat them as norms.
-The conversion takes any ``_BatchNorm`` and would drop, without a word, what they add to one. A SyncUBN passes it and
-stays what it is. (What folds a BatchNorm into a convolution needs no change: see :mod:`mmubn.layers.unfoldable_eps`.)
+These norms are BatchNorm2d, so that initialisers, optimizers and checkpoints of the ecosystem treat them as norms. The
+conversion takes any ``_BatchNorm`` and would drop, without a word, what they add to one. A SyncUBN passes it and stays
+what it is. (Other converters: :mod:`mmubn.layers.replacement`. What folds a BatchNorm into a convolution needs no
+change: see :mod:`mmubn.layers.unfoldable_eps`.)
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 
 from torch import nn
 
 from mmubn.layers import SyncUBN, UnifiedNorm
+from mmubn.layers.replacement import norm_cfg_of_synchronized
 
 __all__ = ['guard_mmengine', 'guard_torch']
 
@@ -55,19 +56,6 @@ def _error(path: str, layer: UnifiedNorm) -> str:
     error = (
         f'convert_sync_batchnorm (sync_bn, use_syncbn) would replace {path}, of type {kind}, by a plain SyncBatchNorm'
     )
-    if (norm_cfg := _synchronized(layer)) is None:
+    if (norm_cfg := norm_cfg_of_synchronized(layer)) is None:
         return f'{error}, and there is no synchronised {kind}: leave sync_bn and use_syncbn out.'
     return f'{error}: build the model with norm_cfg={norm_cfg} instead, its synchronised form, which stays as it is.'
-
-
-def _synchronized(layer: UnifiedNorm) -> str | None:
-    """The norm_cfg of the SyncUBN that computes what ``layer`` does; None where there is none."""
-    if layer.scaling not in (None, 'rectified'):
-        return None
-    arguments = {'type': 'SyncUBN'}
-    for name, parameter in list(inspect.signature(SyncUBN).parameters.items())[1:]:  # all but num_features
-        without = None if name == 'threshold' else parameter.default  # of a layer that has no gate
-        value = layer.scaling is not None if name == 'scaling' else getattr(layer, name, without)
-        if value != parameter.default:
-            arguments[name] = value
-    return f'dict({", ".join(f"{name}={value!r}" for name, value in arguments.items())})'

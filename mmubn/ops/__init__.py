@@ -12,7 +12,7 @@
 
 from mmubn.ops.autograd import rectified_norm
 from mmubn.ops.backend import Backend
-from mmubn.ops.dispatch import backend_info, choose_backend, name_and_reason, use_backend
+from mmubn.ops.dispatch import backend_info, choose_backend, is_exporting, is_transformed, name_and_reason, use_backend
 from mmubn.ops.types import (
     BatchStatistics,
     Decision,
@@ -38,6 +38,8 @@ __all__ = [
     'Statistics',
     'backend_info',
     'choose_backend',
+    'is_exporting',
+    'is_transformed',
     'name_and_reason',
     'rectified_norm',
     'use_backend',

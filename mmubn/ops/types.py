@@ -7,7 +7,7 @@ Shapes: N samples, C channels, H x W pixels, T = k*k taps of a depthwise kernel.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -54,6 +54,11 @@ class Parameters(NamedTuple):
     scale_weight: Tensor | None  # w_v, (C,)
     scale_bias: Tensor | None  # w_b, (C,)
 
+    def detach(self) -> Parameters:
+        """The same values without gradients of any kind."""
+        tensors: list[Any] = [None if tensor is None else tensor.detach() for tensor in self]
+        return Parameters(*tensors)
+
 
 class Gradients(NamedTuple):
     """The gradients of :class:`Parameters`, in the same order; None where there is none."""
@@ -84,7 +89,7 @@ class Gate(NamedTuple):
     """A decision by the similarity of the batch: ``tau <- (1 - m_s) tau + m_s s``, ``condensed = tau > T``."""
 
     running_similarity: Tensor  # tau, 0-d
-    momentum: float  # m_s
+    momentum: float | Tensor  # m_s; 0-d where it is known on the device alone
     threshold: float  # T
     max_samples: int  # the similarity is that of the first samples of the batch, at most this many
 

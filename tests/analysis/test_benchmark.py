@@ -23,7 +23,7 @@ def copy_parameters(ubn, naive):
     with torch.no_grad():
         for name in ('center_weight', 'scale_weight', 'scale_bias'):
             getattr(naive, name).copy_(getattr(ubn, name)[None, :, None, None])
-        naive.conv.weight.copy_(functional.depthwise_kernel(ubn.weight, ubn.neighbor_weight))
+        naive.conv.weight.copy_(functional.depthwise_kernel(ubn.weight, ubn.neighbor_weight.view(3, -1)))
         naive.conv.bias.copy_(ubn.bias)
 
 
@@ -55,7 +55,7 @@ def test_the_naive_ubn_is_ubn_on_both_sides_of_the_gate(samples):
         torch.testing.assert_close(getattr(naive, name).grad.flatten(), getattr(ubn, name).grad)
     taps = naive.conv.weight.grad.flatten(1)
     torch.testing.assert_close(taps[:, 4], ubn.weight.grad)
-    torch.testing.assert_close(torch.cat([taps[:, :4], taps[:, 5:]], 1), ubn.neighbor_weight.grad)
+    torch.testing.assert_close(torch.cat([taps[:, :4], taps[:, 5:]], 1).flatten(), ubn.neighbor_weight.grad)
     torch.testing.assert_close(naive.conv.bias.grad, ubn.bias.grad)
     torch.testing.assert_close(naive.eval()(x), ubn.eval()(x))
 
@@ -96,7 +96,7 @@ def test_the_composition_is_bnet():
     composition, bnet = benchmark.composition(4), mmubn.BNET(4)
     with torch.no_grad():
         bnet.neighbor_weight.normal_()
-        composition[1].weight.copy_(functional.depthwise_kernel(bnet.weight, bnet.neighbor_weight))
+        composition[1].weight.copy_(functional.depthwise_kernel(bnet.weight, bnet.neighbor_weight.view(4, -1)))
         composition[1].bias.copy_(bnet.bias)
     x = torch.randn(3, 4, 6, 7)
     torch.testing.assert_close(composition(x), bnet(x), rtol=1e-5, atol=1e-5)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mmubn import UBN
 from mmubn.analysis.sweeps import read_sweeps
 from mmubn.cli import UsageError
 
@@ -140,3 +141,24 @@ def test_a_sweep_that_is_not_there(tmp_path):
         read_sweeps(path, ['oen'])
     with pytest.raises(UsageError, match='cannot be read: No such file'):
         read_sweeps(tmp_path / 'missing.yml')
+
+
+@pytest.mark.parametrize(
+    ('kernel_size', 'message'), [(5, None), (4, 'UBN: kernel_size must be a positive odd integer')]
+)
+def test_norms_that_a_config_in_pure_python_names_by_class(tmp_path, kernel_size, message):
+    text = 'from mmubn import UBN\nmodel = dict(backbone=dict(norm_cfg=dict(type=UBN)))\n'
+    (tmp_path / 'config.py').write_text(text)
+    text = f"""
+        sweeps:
+          sizes:
+            configs: [{tmp_path}/config.py]
+            grid: {{model.backbone.norm_cfg.kernel_size: [{kernel_size}]}}
+        """
+    path = sweep_file(tmp_path, text)
+    if message is None:
+        (run,) = read_sweeps(path)[0].runs
+        assert run.load().model.backbone.norm_cfg == dict(type=UBN, kernel_size=5)
+    else:
+        with pytest.raises(UsageError, match=message):
+            read_sweeps(path)

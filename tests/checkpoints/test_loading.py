@@ -331,6 +331,8 @@ def test_refuses_another_number_of_channels(name):
                 vector = tensor.shape[0] == 1
                 fewer = tensor[:, :-1] if vector else tensor[:-1]
                 expected = '(6,) or (1, 6, 1, 1), got' if vector else '(6,), got' if tensor.dim() == 1 else '(6, '
+                if key.endswith('neighbor_weight'):
+                    expected = '(6 * (k*k - 1),) or (6, k*k - 1) with odd k, got'
                 parts = [f'{key} of {LAYOUTS[name].title}', f'shape {expected}', str(tuple(fewer.shape))]
                 assert_refused(inside(TYPES[kind][0]()), {**state_dict, key: fewer}, load_by_mmengine, parts)
 

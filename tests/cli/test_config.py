@@ -1,10 +1,12 @@
 """mmubn.cli.config: the config that a command line asks for, or one sentence."""
 
 import argparse
+import re
 
 import pytest
 from mmengine.config import Config
 
+from mmubn import UBN
 from mmubn.cli import UsageError, load_config, set_run
 
 
@@ -12,7 +14,75 @@ def arguments(config, **options):
     return argparse.Namespace(**{'config': str(config), 'cfg_options': None, 'work_dir': None, **options})
 
 
+IN_PURE_PYTHON = 'from mmengine.config import read_base\nwith read_base():\n    from .base import *\n'
+
+
+@pytest.fixture
+def in_pure_python(tmp_path):
+    """Writes a config that imports what it names, and its base; gives its path."""
+
+    def write(text, base='model = dict(backbone=dict(norm_cfg=dict(type=BatchNorm2d)))'):
+        (tmp_path / 'base.py').write_text(f'from torch.nn import BatchNorm2d\n{base}\n')
+        (tmp_path / 'config.py').write_text(IN_PURE_PYTHON + text)
+        return tmp_path / 'config.py'
+
+    return write
+
+
+UBN_BY_CLASS = 'from mmubn import UBN\nmodel.update(dict(backbone=dict(norm_cfg=dict(type=UBN, threshold=0.2))))\n'
+
+
+class TestPurePython:
+    def test_classes(self, in_pure_python):
+        cfg = load_config(arguments(in_pure_python(UBN_BY_CLASS)))
+        assert cfg.model.backbone.norm_cfg == dict(type=UBN, threshold=0.2)
+
+    @pytest.mark.parametrize('text', ['', UBN_BY_CLASS])
+    def test_options(self, in_pure_python, text):
+        options = {'model.backbone.norm_cfg.type': 'RBN', 'model.backbone.depth': 18}
+        cfg = load_config(arguments(in_pure_python(text), cfg_options=options))
+        assert cfg.model.backbone.norm_cfg.type == 'RBN'
+        assert cfg.model.backbone.depth == 18
+
+    @pytest.mark.parametrize(
+        ('text', 'message'),
+        [
+            (UBN_BY_CLASS.replace('UBN', 'UBNX'), r'Failed to import UBNX from mmubn in .*config\.py, line 4'),
+            (
+                'from no_such import X\nhooks = [dict(type=X)]\n',
+                r"Failed to import no_such .*No module named 'no_such'",
+            ),
+            ('import mmubn\nnorm = dict(type=mmubn.layers.X)\n', r'Failed to import mmubn\.layers\.X'),
+        ],
+        ids=['a name', 'a module', 'an attribute'],
+    )
+    def test_what_cannot_be_imported(self, in_pure_python, text, message):
+        path = in_pure_python(text)
+        with pytest.raises(UsageError, match=rf'^{re.escape(str(path))}: {message}') as error:
+            load_config(arguments(path))
+        assert '\n' not in str(error.value)
+
+    def test_what_nothing_uses_is_not_imported(self, in_pure_python):
+        load_config(arguments(in_pure_python('from no_such import X\nimport no_other\n')))
+
+    def test_a_base_that_there_is_not(self, in_pure_python):
+        path = in_pure_python('')
+        path.with_name('base.py').unlink()
+        with pytest.raises(UsageError, match=r'base\.py not found!') as error:
+            load_config(arguments(path))
+        assert '\n' not in str(error.value)
+
+
 class TestLoadConfig:
+    def test_custom_imports_that_fail(self, tmp_path, monkeypatch):
+        (tmp_path / 'my_norms.py').write_text('import no_such\n')
+        (tmp_path / 'config.py').write_text("custom_imports = dict(imports=['my_norms'])")
+        monkeypatch.syspath_prepend(tmp_path)
+        message = r"config\.py: Failed to import custom modules .*my_norms.* \(.*No module named 'no_such'.*\)$"
+        with pytest.raises(UsageError, match=message) as error:
+            load_config(arguments(tmp_path / 'config.py'))
+        assert '\n' not in str(error.value)
+
     def test_missing(self):
         with pytest.raises(UsageError, match=r'nowhere/a\.py does not exist'):
             load_config(arguments('nowhere/a.py'))

@@ -60,8 +60,12 @@ def test_any_other_error_is_raised(run):
         run(fail_with(ValueError('a bug')))
 
 
-def test_the_patches_are_installed_between_the_arguments_and_the_work(monkeypatch):
+@pytest.mark.parametrize('arguments', [{}, dict(trust_checkpoint=False), dict(trust_checkpoint=True)])
+def test_the_patches_are_installed_between_the_arguments_and_the_work(monkeypatch, arguments):
+    """And the safe reader but for an option that a tool may not have."""
     seen = []
     monkeypatch.setattr(errors.openmmlab, 'install', lambda: seen.append('install'))
-    run_tool(lambda: seen.append('arguments') or argparse.Namespace(debug=False), lambda args: seen.append('main'))
-    assert seen == ['arguments', 'install', 'main']
+    monkeypatch.setattr(errors, 'use_safe_reader', lambda trust: seen.append(f'trust: {trust}'))
+    parsed = argparse.Namespace(debug=False, **arguments)
+    run_tool(lambda: seen.append('arguments') or parsed, lambda args: seen.append('main'))
+    assert seen == ['arguments', 'install', f'trust: {arguments.get("trust_checkpoint", False)}', 'main']

@@ -2,8 +2,10 @@
 
 import pytest
 from mmengine.config import Config
+from mmengine.model import PretrainedInit
 
-from mmubn.cli import UsageError, check_paths
+from mmubn.cli import UsageError, check_file, check_paths
+from mmubn.openmmlab.pretrained import PretrainedInit as OurPretrainedInit
 
 
 class TestCheckPaths:
@@ -60,7 +62,37 @@ class TestCheckPaths:
         with pytest.raises(UsageError, match='val_evaluator'):
             check_paths(cfg, ('val',), pretrained=False)
 
+    @pytest.mark.parametrize(
+        'kind', ['Pretrained', PretrainedInit, OurPretrainedInit, 'mmengine.model.weight_init.PretrainedInit'], ids=str
+    )
+    def test_a_checkpoint_however_its_initializer_is_named(self, cfg, kind):
+        cfg.model.backbone.init_cfg = dict(type=kind, checkpoint='gone.pth')
+        with pytest.raises(UsageError, match=r'the pretrained checkpoint of model\.backbone, gone\.pth does not exist'):
+            check_paths(cfg, ('train',), pretrained=True)
+
+    def test_a_checkpoint_among_several_initializers(self, cfg):
+        pretrained = dict(type='Pretrained', checkpoint='gone.pth')
+        cfg.model.backbone.init_cfg = [dict(type='Kaiming', layer='Conv2d'), pretrained]
+        match = r'of model\.backbone, gone\.pth does not exist.* model\.backbone\.init_cfg\.1\.checkpoint='
+        with pytest.raises(UsageError, match=match):
+            check_paths(cfg, ('train',), pretrained=True)
+
+    def test_of_the_whole_model(self, cfg):
+        cfg.model.init_cfg = dict(type='Pretrained', checkpoint='gone.pth')
+        with pytest.raises(UsageError, match=r'the pretrained checkpoint of model, gone\.pth does not exist'):
+            check_paths(cfg, ('train',), pretrained=True)
+
     @pytest.mark.parametrize('checkpoint', ['torchvision://resnet50', 'https://example.org/r50.pth'])
     def test_urls_are_left_to_mmengine(self, cfg, checkpoint):
         cfg.model.backbone.init_cfg.checkpoint = checkpoint
         check_paths(cfg, ('train',), pretrained=True)
+
+
+class TestCheckFile:
+    def test_a_folder_where_a_file_is_meant(self, tmp_path):
+        check_file(str(tmp_path), 'the data folder', 'make it')
+        with pytest.raises(UsageError, match=f'^the checkpoint {tmp_path} is a folder; give a file.$'):
+            check_file(str(tmp_path), 'the checkpoint', 'give a file', folder=False)
+
+    def test_what_is_no_path(self):
+        check_file('torchvision://resnet50', 'the checkpoint', 'give a file', folder=False)

@@ -206,6 +206,9 @@ class TestContract:
             layer.running_similarity.fill_(-0.9)
         update_bn(data, layer)
         assert (int(layer.num_batches_tracked), layer.momentum) == (3, 0.1)
+        if norm.gated:
+            assert layer.running_similarity == 1, 'update_bn resets the statistics, and that opens the gate'
+            layer.running_similarity.fill_(-0.9)
         for name in ('running_mean', 'running_var'):
             mean = torch.stack([state[name].detach() for state in states]).mean(0)
             torch.testing.assert_close(layer.get_buffer(name).double(), mean, **TOLERANCES[torch.float32])
@@ -391,7 +394,9 @@ class TestContract:
     BAD = dict(
         num_features=[0, -1, 2.5, True, '4'],
         eps=[0, -1e-5, None, 'small', float('inf')],
-        momentum=[None, '0.1', -0.1, 1.5, float('nan')],
+        momentum=['0.1', -0.1, 1.5, float('nan')],
+        affine=[False, None, 1],
+        track_running_stats=[None, 0],
         kernel_size=[2, 0, -3, 3.0, (3, 3), None],
     )
 
@@ -436,7 +441,7 @@ class TestContract:
                 tensor = norm(4).state_dict()[name]
                 others = [tensor[:-1], torch.cat([tensor, tensor[:1]]), tensor[:0], tensor[None]]
                 if name == 'neighbor_weight':
-                    others += [tensor[:, :-1], tensor.new_zeros(4, 80)]  # the latter of a kernel of 9x9
+                    others += [tensor.view(4, -1), tensor.new_zeros(4 * 80)]  # the latter of a kernel of 9x9
                 for other in others:
                     layer = randomize(norm(4)).train(training)
                     replace(layer, name, other)
@@ -452,7 +457,7 @@ class TestContract:
             for training in (True, False):
                 layer = norm(4).train(training)
                 setattr(layer, name, None)
-                with pytest.raises(ValueError, match=rf'^{norm.name}: {name} must have shape \(4, ?\d*\), got None;'):
+                with pytest.raises(ValueError, match=rf'^{norm.name}: {name} must have shape \((4|\d+),\), got None;'):
                     layer(batch((2, 4, 6, 5)))
 
     def test_tensors_of_the_same_length(self, norm, backend):

@@ -1,17 +1,21 @@
-"""Activation checkpointing gives the outputs, gradients and buffers of the plain run, also where the gate flips."""
+"""Activation checkpointing gives the outputs, gradients and buffers of the plain run, whatever ran before."""
 
 import copy
+import functools
+import gc
 
 import pytest
 import torch
 from helpers import batch, randomize
 from mmdet.models.backbones import ResNet
+from networks import TYPES
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mmubn.layers import UBN
 
 MODES = {'reentrant': True, 'not reentrant': False}
+REENTRANT = pytest.mark.parametrize('reentrant', MODES.values(), ids=MODES)
 
 
 def layer_at(similarity):
@@ -25,11 +29,14 @@ def batches(count, shared=0.0):
     return [batch(seed=seed, shared=shared, dtype=torch.float64) for seed in range(count)]
 
 
-def train(layer, inputs, call):
+def train(layer, inputs, call, **options):
     """All inputs go through the layer, then one backward, as in a shared head."""
     inputs = [x.clone().requires_grad_() for x in inputs]
     outputs = [call(layer, x) for x in inputs]
-    sum((y * y.detach().cos()).sum() for y in outputs).backward()
+    loss = sum((i + 1) * (y * y.detach().cos()).sum() for i, y in enumerate(outputs))
+    if options:
+        loss.backward(**options)
+    loss.backward()
     return {
         'outputs': outputs,
         'inputs': [x.grad for x in inputs],
@@ -38,7 +45,12 @@ def train(layer, inputs, call):
     }
 
 
-@pytest.mark.parametrize('reentrant', MODES.values(), ids=MODES)
+def assert_same(found, expected):
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], msg=lambda m, key=key: f'{key}: {m}')
+
+
+@REENTRANT
 @pytest.mark.parametrize('calls', [1, 3])
 @pytest.mark.parametrize(
     ('similarity', 'shared'),
@@ -49,9 +61,7 @@ def test_layer(reentrant, calls, similarity, shared):
     layer = layer_at(similarity)
     inputs = batches(calls, shared)
     expected = train(copy.deepcopy(layer), inputs, lambda norm, x: norm(x))
-    found = train(layer, inputs, lambda norm, x: checkpoint(norm, x, use_reentrant=reentrant))
-    for key in expected:
-        torch.testing.assert_close(found[key], expected[key], msg=lambda m, key=key: f'{key}: {m}')
+    assert_same(train(layer, inputs, lambda norm, x: checkpoint(norm, x, use_reentrant=reentrant)), expected)
 
 
 def test_the_inputs_above_flip_the_gate_between_the_runs():
@@ -64,7 +74,71 @@ def test_the_inputs_above_flip_the_gate_between_the_runs():
     assert gates == [True, False]
 
 
-@pytest.mark.parametrize('reentrant', MODES.values(), ids=MODES)
+@REENTRANT
+@pytest.mark.parametrize('retain_graph', [False, True], ids=['one backward', 'two backwards'])
+def test_equal_batches_of_one_step(reentrant, retain_graph):
+    """Their decisions differ: the gate closes between them. A backward starts at the last."""
+    layer = layer_at(0.31)
+    inputs = batches(1) * 3
+    options = dict(retain_graph=True) if retain_graph else {}
+    expected = train(copy.deepcopy(layer), inputs, lambda norm, x: norm(x), **options)
+    assert expected['buffers']['num_batches_tracked'] == 1, 'open for the first alone'
+    found = train(layer, inputs, lambda norm, x: checkpoint(norm, x, use_reentrant=reentrant), **options)
+    assert_same(found, expected)
+
+
+@REENTRANT
+def test_an_equal_batch_of_an_earlier_step(reentrant):
+    """The same images again, after the optimizer has moved the parameters that the statistics depend on."""
+    results = []
+    for call in (lambda norm, x: norm(x), lambda norm, x: checkpoint(norm, x, use_reentrant=reentrant)):
+        layer, gradients = layer_at(0.9), []
+        for step in range(4):
+            with torch.no_grad():
+                layer.center_weight.fill_(0.3 * step)
+            gradients += train(layer, batches(1, shared=3.0), call)['inputs']
+        results.append(gradients)
+    torch.testing.assert_close(*results)
+
+
+@REENTRANT
+@pytest.mark.parametrize('norm', TYPES)
+@pytest.mark.parametrize('under_checkpoint', [False, True], ids=['before', 'checkpointed'])
+def test_a_bad_batch_poisons_no_later_gradient(norm, reentrant, under_checkpoint, backend):
+    """An overflow of AMP: its step is skipped, and so is its backward."""
+    layer = randomize(norm(4))
+    call = functools.partial(checkpoint, use_reentrant=reentrant) if under_checkpoint else lambda norm, x: norm(x)
+    bad = batch((2, 4, 5, 5))
+    bad[0, 0, 0, 0] = float('nan')
+    call(layer, bad.requires_grad_())
+    expected = copy.deepcopy(layer)
+    for seed in range(18):
+        gradients = []
+        for each, run in (
+            (expected, lambda norm, x: norm(x)),
+            (layer, functools.partial(checkpoint, use_reentrant=reentrant)),
+        ):
+            x = batch((2, 4, 5, 5), seed=seed).requires_grad_()
+            run(each, x).square().sum().backward()
+            gradients.append(x.grad)
+        assert gradients[0].isfinite().all()
+        torch.testing.assert_close(*gradients)
+
+
+@REENTRANT
+def test_a_bad_batch_is_recognised(reentrant):
+    """Among others, by its bits: a NaN equals itself."""
+    layer = layer_at(0.31)
+    inputs = batches(3)
+    inputs[1][0, 0, 0, 0] = float('nan')
+    inputs[2][0, 1, 0, 0] = float('inf')
+    runs = [lambda norm, x: norm(x), lambda norm, x: checkpoint(norm, x, use_reentrant=reentrant)]
+    expected, found = (train(copy.deepcopy(layer), inputs, run) for run in runs)
+    for key in ('inputs', 'buffers'):
+        torch.testing.assert_close(found[key], expected[key], equal_nan=True)
+
+
+@REENTRANT
 def test_several_steps(reentrant):
     torch.manual_seed(0)
     models = [
@@ -86,6 +160,25 @@ def test_several_steps(reentrant):
     assert 0 < closed < 15, 'the gate must have closed on the way'
 
 
+@pytest.mark.parametrize('inner', MODES.values(), ids=MODES)
+@pytest.mark.parametrize('outer', MODES.values(), ids=MODES)
+def test_nested(inner, outer):
+    """The layer inside runs a third time, as a repetition of a repetition."""
+
+    def call(model, x):
+        return checkpoint(
+            lambda x: checkpoint(model[1], checkpoint(model[0], x, use_reentrant=inner), use_reentrant=inner).exp(),
+            x,
+            use_reentrant=outer,
+        )
+
+    def model():
+        return nn.Sequential(layer_at(0.31), layer_at(0.31))
+
+    expected = train(model(), batches(2), lambda m, x: m(x).exp())
+    assert_same(train(model(), batches(2), call), expected)
+
+
 def test_with_cp_of_a_backbone():
     torch.manual_seed(0)
     settings = dict(depth=18, base_channels=8, stem_channels=8, norm_eval=False)
@@ -103,18 +196,101 @@ def test_with_cp_of_a_backbone():
             torch.testing.assert_close(one.grad, other.grad)
 
 
-def test_calls_are_no_state():
-    layer = layer_at(0.5)
-    layer(batches(1)[0])
-    assert len(layer._calls._calls) == 1
-    assert len(copy.deepcopy(layer)._calls._calls) == 0
-    layer.eval()(batches(1)[0])
-    assert len(layer._calls._calls) == 1, 'evaluation decides nothing that a repetition must not decide again'
+COMPILED = {
+    'checkpoint of a compiled block': lambda model, reentrant: functools.partial(
+        checkpoint, torch.compile(model), use_reentrant=reentrant
+    ),
+    'compiled checkpoint of a block': lambda model, reentrant: torch.compile(
+        functools.partial(checkpoint, model, use_reentrant=reentrant)
+    ),
+    'compiled block': lambda model, reentrant: torch.compile(model),
+}
 
 
-def test_calls_of_long_ago_are_forgotten():
-    """Each holds tensors on the device: a layer that is trained for days must not gather them."""
-    layer = layer_at(0.5)
-    for x in batches(20):
-        layer(x)
-    assert len(layer._calls._calls) == 16
+@pytest.mark.parametrize(
+    ('how', 'reentrant'),
+    [(how, reentrant) for how in COMPILED for reentrant in MODES.values() if reentrant or how != 'compiled block'],
+)
+@pytest.mark.filterwarnings('ignore::UserWarning')
+def test_compiled(how, reentrant):
+    """Moves the statistics once, and repeats the decision of the first run, also where the gate closes."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    norms = [UBN(4, similarity_momentum=0.5) for _ in range(2)]
+    block = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), norms[0], nn.Tanh(), nn.Conv2d(4, 4, 1, bias=False), norms[1])
+    block = randomize(block.double())
+    for norm in norms:
+        norm.running_similarity.fill_(0.9)
+        nn.init.zeros_(norm.bias)  # it makes all samples similar
+    expected = copy.deepcopy(block)
+    call = COMPILED[how](block, reentrant)
+    for step in range(4):
+        gradients = []
+        for model, run in ((expected, expected), (block, call)):
+            x = batch((6, 3, 5, 5), seed=step, dtype=torch.float64).requires_grad_()
+            model.zero_grad()
+            y = run(x)
+            (y * y.detach().cos()).sum().backward()
+            gradients.append([x.grad, *(parameter.grad for parameter in model.parameters())])
+        torch.testing.assert_close(*gradients)
+        torch.testing.assert_close(block.state_dict(), expected.state_dict())
+    assert 0 < int(norms[1].num_batches_tracked) < 4, 'the gate must have closed on the way'
+
+
+class TestRecords:
+    def test_none_where_nothing_can_run_again(self):
+        """Not in training, in evaluation, nor where statistics are re-estimated."""
+        layer = layer_at(0.5)
+        for x in batches(3):
+            layer(x)
+            with torch.no_grad():
+                layer(x)
+            with torch.inference_mode():
+                layer(x)
+        layer.eval()(batches(1)[0])
+        assert len(layer._calls) == 0
+
+    def test_none_in_evaluation(self):
+        """Which decides nothing that a repetition must not decide again."""
+        layer = layer_at(0.5).eval()
+        for reentrant in MODES.values():
+            checkpoint(layer, batches(1)[0].requires_grad_(), use_reentrant=reentrant)
+        assert len(layer._calls) == 0
+
+    def test_they_go_with_the_graph(self):
+        """After the backward, and where there is none."""
+        layer = layer_at(0.5)
+        x = batches(1)[0].requires_grad_()
+        y = checkpoint(layer, x, use_reentrant=False)
+        assert len(layer._calls) == 1
+        y.sum().backward()
+        assert len(layer._calls) == 0
+        y = checkpoint(layer, x, use_reentrant=False)
+        del y
+        gc.collect()
+        assert len(layer._calls) == 0
+
+    def test_of_a_reentrant_checkpoint_they_do_not_gather(self):
+        """There is no graph to go with; each holds tensors on the device, and a layer trains for days."""
+        layer = layer_at(0.5)
+        for x in batches(3):
+            checkpoint(layer, x.requires_grad_(), use_reentrant=True).sum().backward()
+            assert len(layer._calls) == 1
+        for x in batches(100):  # no backward
+            checkpoint(layer, x.requires_grad_(), use_reentrant=True)
+        assert len(layer._calls) == 64
+
+    def test_they_are_no_state(self):
+        layer = layer_at(0.5)
+        y = checkpoint(layer, batches(1)[0].requires_grad_(), use_reentrant=False)
+        assert len(layer._calls) == 1
+        assert len(copy.deepcopy(layer)._calls) == 0
+        y.sum().backward()
+
+    @REENTRANT
+    def test_to_find_one_never_waits_for_the_device(self, reentrant):
+        """Meta tensors hold no values: a choice on the host would raise."""
+        layer = UBN(3).to('meta')
+        x = torch.empty(4, 3, 5, 5, device='meta', requires_grad=True)
+        sum(checkpoint(layer, x, use_reentrant=reentrant).sum() for _ in range(3)).backward()
+        assert x.grad.shape == x.shape

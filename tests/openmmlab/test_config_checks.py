@@ -2,10 +2,12 @@
 
 import pytest
 from mmengine.config import Config
+from mmengine.config.lazy import LazyAttr, LazyObject
 from mmengine.model import BaseModule, MMDistributedDataParallel
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
+import mmubn
 from mmubn import UBN
 from mmubn.openmmlab.config_checks import (
     ConfigError,
@@ -42,6 +44,15 @@ class TestNormTypes:
         model = dict(backbone=dict(norm_cfg=None), neck=None, head=dict(norm_cfg=dict(type=nn.BatchNorm2d)))
         check_norm_types(Config(dict(model=model)))
 
+    @pytest.mark.parametrize('scope', ['mmdet', 'mmengine', None])
+    def test_a_module_in_the_place_of_a_class(self, scope):
+        """In a config in pure Python: ``from mmubn import layers``."""
+        model = dict(backbone=dict(norm_cfg=dict(type=LazyObject('mmubn', 'layers'))))
+        with pytest.raises(
+            ConfigError, match=r"model\.backbone\.norm_cfg\.type='mmubn\.layers' is not a registered norm"
+        ):
+            check_norm_types(Config(dict(default_scope=scope, model=model)))
+
 
 class Net(BaseModule):
     """A backbone, of blocks that are each given its norm."""
@@ -51,24 +62,43 @@ class Net(BaseModule):
         self.backbone = nn.Sequential(*(norm(4) for norm in norms))
 
 
-ASKS_FOR_UBN = Config(dict(model=dict(backbone=dict(norm_cfg=dict(type='UBN')))))
+# A type by its name; in configs in pure Python the class, before and after MMEngine imported it.
+UBNS = ['UBN', UBN, LazyObject('mmubn', 'UBN'), LazyAttr('UBN', LazyObject('mmubn'))]
+
+
+def asks_for(kind):
+    return Config(dict(model=dict(backbone=dict(norm_cfg=dict(type=kind)))))
+
+
+ASKS_FOR_UBN = asks_for('UBN')
 
 
 class TestNormsUsed:
+    @pytest.mark.parametrize('kind', UBNS, ids=lambda kind: type(kind).__name__)
     @pytest.mark.parametrize('norm', [nn.Identity, nn.InstanceNorm2d])
-    def test_ignored(self, norm):
+    def test_ignored(self, norm, kind):
         with pytest.raises(
             ConfigError, match=r'model\.backbone\.norm_cfg asks for UBN, but Sequential has no such layer'
         ):
-            check_norms_used(ASKS_FOR_UBN, Net([norm]))
+            check_norms_used(asks_for(kind), Net([norm]))
 
+    @pytest.mark.parametrize('kind', UBNS, ids=lambda kind: type(kind).__name__)
     @pytest.mark.parametrize('norm', [nn.BatchNorm2d, nn.SyncBatchNorm])
-    def test_ignored_in_places(self, norm):
-        with pytest.raises(ConfigError, match=f'makes its layer 1 a {norm.__name__}'):
-            check_norms_used(ASKS_FOR_UBN, Net([UBN, norm]))
+    def test_ignored_in_places(self, norm, kind):
+        with pytest.raises(ConfigError, match=f'asks for UBN, but Sequential makes its layer 1 a {norm.__name__}'):
+            check_norms_used(asks_for(kind), Net([UBN, norm]))
 
-    def test_heeded(self):
-        check_norms_used(ASKS_FOR_UBN, Net([UBN, nn.Identity]))
+    @pytest.mark.parametrize('kind', UBNS, ids=lambda kind: type(kind).__name__)
+    def test_heeded(self, kind):
+        check_norms_used(asks_for(kind), Net([UBN, nn.Identity]))
+
+    def test_a_class_of_the_user_s_own(self):
+        class Mine(UBN):
+            pass
+
+        check_norms_used(asks_for(Mine), Net([Mine]))
+        with pytest.raises(ConfigError, match='asks for Mine, but Sequential has no such layer'):
+            check_norms_used(asks_for(Mine), Net([UBN]))
 
     def test_wrapped(self):
         wrapped = MMDistributedDataParallel.__new__(MMDistributedDataParallel)
@@ -77,7 +107,7 @@ class TestNormsUsed:
         with pytest.raises(ConfigError, match='makes its layer 0 a BatchNorm2d'):
             check_norms_used(ASKS_FOR_UBN, wrapped)
 
-    @pytest.mark.parametrize('norm', ['BN', 'SyncBN'])
+    @pytest.mark.parametrize('norm', ['BN', 'SyncBN', nn.BatchNorm2d, nn.SyncBatchNorm])
     def test_of_others(self, norm):
         """A norm of mmcv may be frozen, synchronised or unused: this package does not judge."""
         check_norms_used(Config(dict(model=dict(backbone=dict(norm_cfg=dict(type=norm))))), Net([nn.Identity]))
@@ -112,8 +142,10 @@ class TestEfficientConvBNEval:
 
     @pytest.mark.parametrize('norm', ['UBN', 'SyncUBN', 'RBN', 'BNET', 'IEBN', 'UnitizedBN'])
     @pytest.mark.parametrize('named', ['backbone', ['neck', 'backbone'], ['backbone.layer1'], 'backbone.stem.conv'])
-    def test_of_a_part_with_a_norm_of_ours(self, norm, named):
-        cfg = self.cfg(named, backbone=dict(norm_cfg=dict(type=norm)), neck=dict(norm_cfg=dict(type='BN')))
+    @pytest.mark.parametrize('by_class', [False, True])
+    def test_of_a_part_with_a_norm_of_ours(self, norm, named, by_class):
+        kind = getattr(mmubn, norm) if by_class else norm
+        cfg = self.cfg(named, backbone=dict(norm_cfg=dict(type=kind)), neck=dict(norm_cfg=dict(type='BN')))
         error = rf'fold the norms of model\.backbone, of type {norm}, .*leave efficient_conv_bn_eval out, or name only '
         with pytest.raises(ConfigError, match=error + f'modules without {norm}'):
             check_efficient_conv_bn_eval(cfg)

@@ -73,7 +73,13 @@ class TestChanges:
 
     def test_what_an_import_and_an_install_may_change(self):
         """By name, so that a row more is a decision."""
-        assert [patch.name for patch in PATCHES if patch.when == ON_IMPORT] == ['sync-bn-torch', 'sync-bn-mmengine']
+        assert [patch.name for patch in PATCHES if patch.when == ON_IMPORT] == [
+            'sync-bn-torch',
+            'sync-bn-mmengine',
+            'replaced-norms',
+            'plain-eps',
+            'timm-norm-act',
+        ]
         assert [patch.name for patch in PATCHES if patch.when == ON_INSTALL] == [
             'layout-report',
             'model-key',
@@ -100,8 +106,10 @@ class TestModules:
             'mmubn.openmmlab.hooks.fixed_batch',
             'mmubn.openmmlab.hooks.layer_log',
             'mmubn.openmmlab.patches',
+            'mmubn.openmmlab.plain_eps',
             'mmubn.openmmlab.registration',
             'mmubn.openmmlab.sync_guards',
+            'mmubn.openmmlab.timm_norms',
             'mmubn.openmmlab.versions',
         }
 

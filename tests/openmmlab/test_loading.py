@@ -3,11 +3,13 @@
 import argparse
 import copy
 import logging
+import pickle
 import subprocess
 import sys
 import textwrap
 import warnings
 
+import hostile
 import mmengine.model
 import numpy as np
 import pytest
@@ -52,6 +54,7 @@ def training_checkpoint(tmp_path):
     path = tmp_path / 'epoch_1.pth'
     arguments = argparse.Namespace(lr=0.1)  # as torchvision's training scripts save
     content = {'message_hub': hub.state_dict(), 'state_dict': {}, 'meta': {'time': np.int64(3)}, 'args': arguments}
+    content['empty'] = np.zeros(0)
     torch.save(content, path)
     return path
 
@@ -88,6 +91,16 @@ def test_the_initializer_accepts_them_for_the_time_of_its_load(training_checkpoi
     assert result.returncode == 0, result.stderr
     assert 'Could not safely load' not in result.stdout + result.stderr
     assert result.stdout.splitlines()[-1] == str(bool(install))
+
+
+@pytest.mark.parametrize('core', ['core', '_core'])
+def test_the_allow_list_has_the_names_of_numpy_1_and_2(tmp_path, core):
+    content = pickle.dumps({'message_hub': [np.arange(3.0), np.float64(2.5)]}, 2)
+    for name in (b'numpy.core.multiarray', b'numpy._core.multiarray'):
+        content = content.replace(name, f'numpy.{core}.multiarray'.encode())
+    (tmp_path / 'file.pth').write_bytes(hostile.archive(content))
+    loaded = python(f'{INSTALL}; {LOAD}', tmp_path / 'file.pth')
+    assert loaded.returncode == 0, loaded.stderr
 
 
 def test_the_allow_list_does_not_let_code_run(tmp_path):

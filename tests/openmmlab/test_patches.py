@@ -146,6 +146,9 @@ class TestSkip:
         with pytest.raises(ValueError, match=rf"{SKIP}: .*\(function, method, .* or all, got \['nothing'\]"):
             patches.apply(patches.ON_IMPORT)
 
+    def test_the_reader_of_the_tools_has_an_option_instead(self):
+        assert "got ['safe-reader']" in run('import mmubn', **{SKIP: 'safe-reader'}).stderr
+
     def test_on_import(self):
         code = 'import torch; old = vars(torch.nn.SyncBatchNorm)["convert_sync_batchnorm"]; import mmubn\n'
         code += 'print(vars(torch.nn.SyncBatchNorm)["convert_sync_batchnorm"] is old)'

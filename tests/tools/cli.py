@@ -45,9 +45,9 @@ def call(monkeypatch, name, *arguments):
     return 0
 
 
-def ranks(count, name, *arguments):
+def ranks(count, name, *arguments, **environment):
     """Run a tool in as many processes, each told of the others as torchrun does; of each what ``tool`` returns."""
-    everyone = dict(
+    everyone = environment | dict(
         WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port()
     )
     each = [everyone | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]

@@ -137,6 +137,13 @@ def test_a_choice_without_a_run_is_named(compare, tmp_path):
     assert '|' not in text
 
 
+def test_the_option_to_trust_checkpoints_is_passed_on(compare, tmp_path):
+    for seed, options in (('0', []), ('1', ['--trust-checkpoint'])):
+        assert compare('--seeds', seed, *options)[0] == 0
+    lengths = {folder: length for _, folder, _, _, length in calls(tmp_path)}
+    assert lengths['seed1'] == lengths['seed0'] + 1
+
+
 def test_ended_by_a_signal_it_ends_its_runs_and_continues_later(compare, tmp_path):
     (tmp_path / 'sleep').touch()
 

@@ -14,6 +14,8 @@ import torch
 import toy
 from cli import CONFIG, ROOT, checkpoint_of, data_options, free_port, metrics, ranks, run, tool
 from mmdet.datasets import CocoDataset
+from mmengine.config import Config
+from new_style import in_pure_python
 from torchvision.models import resnet50
 
 TOOLS = ROOT / 'tools'
@@ -128,6 +130,23 @@ class TestOneProcess:
         # The frozen stem keeps what the BatchNorm checkpoint was converted to: 1 / sigmoid(1).
         expected = 1 / torch.sigmoid(torch.tensor(1.0))
         torch.testing.assert_close(state_dict['backbone.bn1.weight'], expected.expand(64))
+
+    def test_a_config_in_pure_python(self, small, tmp_path):
+        """UBN by its class in the config and, in the neck, by its name on the command line."""
+        (tmp_path / 'base.py').write_text(in_pure_python(Config.fromfile(CONFIG)))
+        lines = [
+            'from mmengine.config import read_base',
+            'with read_base():',
+            '    from .base import *',
+            'from mmubn import UBN',
+            'model.update(dict(backbone=dict(norm_cfg=dict(type=UBN, threshold=0.2))))',
+        ]
+        (tmp_path / 'config.py').write_text('\n'.join(lines))
+        options = ['--cfg-options', *small, 'train_cfg.max_epochs=1', 'model.neck.norm_cfg.type=UBN']
+        result = tool('train.py', tmp_path / 'config.py', '--amp', '--work-dir', tmp_path / 'run', *options)
+        assert result.returncode == 0, result.stdout
+        assert len(running_similarities(tmp_path / 'run' / 'epoch_1.pth')) == 20 + 8
+        assert "type='AtomicCheckpointHook'" in (tmp_path / 'run' / 'config.py').read_text()
 
 
 @pytest.fixture
@@ -286,6 +305,24 @@ class TestBadInput:
         last = result.stdout.strip().splitlines()[-1]
         assert last.startswith('error: ')
         assert 'backbone.layer1.0.bn1.scale_bias is missing' in last
+
+    def test_resuming_with_another_norm_ends_in_one_line(self, toy_config, tmp_path):
+        run_here = [toy_config, '--work-dir', tmp_path / 'run']
+        for result in ranks(2, 'train.py', *run_here):
+            assert result.returncode == 0, result.stdout
+        last = tmp_path / 'run' / 'epoch_1.pth'
+        another = ['--cfg-options', 'train_cfg.max_epochs=2', 'model.kernel_size=5']
+        for results in (
+            ranks(2, 'train.py', *run_here, '--resume', *another),
+            [tool('train.py', *run_here, '--resume', last, *another)],
+        ):
+            assert [result.returncode for result in results] == [2] * len(results), results[0].stdout
+            (line,) = [line for result in results for line in result.stdout.splitlines() if line.startswith('error: ')]
+            assert 'layers.1 is UBN with kernel_size=3 there and UBN with kernel_size=5 here' in line
+            assert f'load_from={last}' in line
+            assert not any('Traceback' in result.stdout for result in results)
+        result = tool('train.py', toy_config, '--work-dir', tmp_path / 'new', *another, f'load_from={last}')
+        assert result.returncode == 0, result.stdout
 
     def test_missing_imagenet_checkpoint(self, digits):
         config = 'configs/faster_rcnn/faster-rcnn_r50_fpn_ubn-backbone_1x_coco.py'

@@ -43,11 +43,10 @@ class ToyDataset(torch.utils.data.Dataset):
 class ToyModel(BaseModel):
     """The gate of its UBN closes within an epoch: from there on training depends on the running statistics."""
 
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, 4, 3), mmubn.UBN(4, threshold=0.99), nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 1)
-        )
+    def __init__(self, norm='UBN', init_cfg=None, **arguments):
+        super().__init__(init_cfg=init_cfg)
+        norm = getattr(mmubn, norm)(4, **arguments)
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 1))
 
     def forward(self, inputs, mode):
         x = self.layers(torch.stack(inputs))
@@ -80,7 +79,7 @@ def config(work_dir, iterations=False, workers=0, persistent=False, validate=Tru
         custom_imports=dict(imports=['toy']),
         work_dir=str(work_dir),
         randomness=dict(seed=0),
-        model=dict(type='ToyModel'),
+        model=dict(type='ToyModel', threshold=0.99),
         train_dataloader=dict(loader, sampler=sampler),
         train_cfg=dict(by_epoch=not iterations, val_interval=4 if iterations else 1),
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9)),

@@ -37,7 +37,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from mmubn.analysis.comparison import plot, read_curves, summarize, write_tables
 from mmubn.analysis.sweeps import RUN_DONE, SweepRun, read_sweeps
-from mmubn.cli import UsageError, add_debug_argument, run_tool
+from mmubn.cli import UsageError, add_debug_argument, add_trust_argument, run_tool
 
 TOOLS = Path(__file__).resolve().parent.parent
 PROGRESS = re.compile(r'Epoch\(train\)\s+\[(\d+)\]\[\s*(\d+)/(\d+)\]|Iter\(train\)\s+\[\s*(\d+)/(\d+)\]')
@@ -53,6 +53,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--seeds', nargs='+', type=int, default=[], help="instead of the file's")
     parser.add_argument('--work-dir', type=Path, help='default: work_dirs/NAME_OF_THE_FILE')
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time (default: 1)')
+    add_trust_argument(parser)
     add_debug_argument(parser)
     args = parser.parse_args()
     if args.jobs < 1:
@@ -96,14 +97,16 @@ class Trainer:
         gpus: Processes of a run at most.
         jobs: Number of slots.
         progress: Shows of every run how far it is, as a share of 1.
+        options: Of tools/train.py, for every run.
     """
 
-    def __init__(self, work_dir: Path, gpus: int, jobs: int, progress: Progress) -> None:
+    def __init__(self, work_dir: Path, gpus: int, jobs: int, progress: Progress, options: list[str]) -> None:
         available = torch.cuda.device_count()
         if 0 < available < jobs * gpus:
             raise UsageError(f'{jobs} runs at a time need {jobs * gpus} GPUs, and there are {available}: lower --jobs.')
         self._work_dir = work_dir
         self._progress = progress
+        self._options = options
         self._slots: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
         self._processes: set[subprocess.Popen] = set()
         self._cancelled = False
@@ -131,7 +134,7 @@ class Trainer:
         start = [sys.executable, TOOLS / 'train.py', config]
         if run.gpus > 1:
             start = [TOOLS / 'dist_train.sh', config, run.gpus]
-        command = [*map(str, start), '--work-dir', str(folder), '--resume']
+        command = [*map(str, start), '--work-dir', str(folder), '--resume', *self._options]
         epochs = run.load().train_cfg.get('max_epochs')
         task = self._progress.add_task(str(run), total=1)
         tail = collections.deque(maxlen=30)
@@ -171,7 +174,7 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
-def train_all(runs: list[SweepRun], work_dir: Path, jobs: int, console: Console) -> list[str]:
+def train_all(runs: list[SweepRun], work_dir: Path, jobs: int, console: Console, options: list[str]) -> list[str]:
     """Train the runs that are not done; return a sentence for each that failed."""
     configs = {run: prepare(run, work_dir) for run in runs}
     todo = [run for run in runs if not (run.folder(work_dir) / RUN_DONE).exists()]
@@ -180,7 +183,7 @@ def train_all(runs: list[SweepRun], work_dir: Path, jobs: int, console: Console)
     columns = [TextColumn('{task.description}'), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()]
     with Progress(*columns, TextColumn('left'), TimeRemainingColumn(), console=console) as progress:
         total = progress.add_task('all runs', total=len(todo))
-        train = Trainer(work_dir, max((run.gpus for run in runs), default=1), jobs, progress)
+        train = Trainer(work_dir, max((run.gpus for run in runs), default=1), jobs, progress, options)
 
         def timed(run: SweepRun) -> tuple[str | None, float]:
             start = time.monotonic()
@@ -211,7 +214,9 @@ def train_all(runs: list[SweepRun], work_dir: Path, jobs: int, console: Console)
 def main(args: argparse.Namespace) -> None:
     console = Console()
     sweeps = read_sweeps(args.sweeps_file, args.sweeps, args.seeds)
-    failures = train_all([run for sweep in sweeps for run in sweep.runs], args.work_dir, args.jobs, console)
+    runs = [run for sweep in sweeps for run in sweep.runs]
+    options = ['--trust-checkpoint'] if args.trust_checkpoint else []
+    failures = train_all(runs, args.work_dir, args.jobs, console, options)
     for sweep in sweeps:
         curves = read_curves(sweep, args.work_dir)
         folder = args.work_dir / sweep.name

@@ -44,7 +44,8 @@ from mmubn.analysis.runs import (
     training_records,
     validation_records,
 )
-from mmubn.cli import UsageError, add_debug_argument, run_tool
+from mmubn.checkpoints import CheckpointError
+from mmubn.cli import UsageError, add_debug_argument, add_trust_argument, run_tool
 
 SHIFT_FILE = 'covariate_shift.jsonl'
 MAIN_METRICS = ('bbox_mAP', 'segm_mAP', 'top1')
@@ -62,6 +63,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=summary, epilog=details)
     parser.add_argument('work_dir', type=Path, help='work dir of a run, or a folder that has those of several')
     parser.add_argument('--out', type=Path, help='default: WORK_DIR/report.html')
+    add_trust_argument(parser)
     add_debug_argument(parser)
     return parser.parse_args()
 
@@ -325,7 +327,9 @@ def examples(run: Run, alone: bool) -> Section:
             section.lines, section.pictures = predicted(run)
         # Whatever there may be with the user's config, checkpoint or data, the rest of the page is shown.
         except Exception as error:
-            reason = str(error) if isinstance(error, UsageError) else f'{type(error).__name__}: {error}'
+            reason = (
+                str(error) if isinstance(error, (UsageError, CheckpointError)) else f'{type(error).__name__}: {error}'
+            )
             print(f'{run.path}: no example predictions: {reason}')
             section.lines = [
                 f'None: {reason}',

@@ -18,7 +18,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENT = ROOT / 'docs' / 'compatibility.md'
 AREAS = {
-    'Checkpoints': [f'tests/checkpoints/test_{name}.py' for name in ('conversion', 'layouts', 'loading')],
+    'Checkpoints': [f'tests/checkpoints/test_{name}.py' for name in ('conversion', 'layouts', 'loading', 'overlay')],
+    'Checkpoints that could run a program': [
+        'tests/openmmlab/test_safe_reader.py',
+        'tests/tools/test_trust_checkpoint.py',
+    ],
+    'Code written for BatchNorm2d': [
+        'tests/layers/test_as_batch_norm.py',
+        'tests/openmmlab/test_freezing.py',
+        'tests/layers/test_transforms.py',
+        'tests/layers/test_flop_counter.py',
+    ],
     'From the command line': ['tests/tools/test_convert_norm.py', 'tests/tools/test_train_and_test.py'],
     'Norm layers in OpenMMLab and PyTorch': ['tests/test_traps.py', 'tests/openmmlab/test_registration.py'],
     'Every norm type': ['tests/layers/test_contract.py'],
@@ -26,8 +36,17 @@ AREAS = {
     'What would replace UBN': [
         'tests/openmmlab/test_sync_guards.py',
         'tests/openmmlab/test_folding.py',
+        'tests/layers/test_replacement.py',
         'tests/layers/test_tracing.py',
     ],
+    'timm': ['tests/test_timm.py'],
+    'TorchScript, quantization, pruning': [
+        'tests/test_torchscript.py',
+        'tests/test_quantization.py',
+        'tests/layers/test_pruning.py',
+    ],
+    'Configs in pure Python': ['tests/openmmlab/test_config_types.py'],
+    'Resuming': ['tests/openmmlab/hooks/test_resumed_model.py'],
     'Parameter and FLOP counters': ['tests/openmmlab/test_counters.py'],
     'Activation checkpointing': ['tests/layers/test_recomputation.py'],
     'Synchronised statistics': ['tests/layers/test_sync_ubn.py'],

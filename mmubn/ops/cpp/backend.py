@@ -52,8 +52,6 @@ class CppBackend(Backend):
         # A subclass (a fake tensor, a distributed one) has no memory of its own, and torch may negate lazily.
         if type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided or x.is_neg() or x._is_zerotensor():
             return f'the C++ kernels take plain tensors, got {type(x).__name__} of layout {x.layout}'
-        if torch._C._are_functorch_transforms_active():
-            return 'the C++ kernels take plain tensors, got one within a transform of torch.func'
         return library.problem()
 
     def prepare(self) -> str | None:
