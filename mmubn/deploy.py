@@ -27,6 +27,8 @@ def fold(model: nn.Module) -> nn.Module:
     its factor depends on all channels of a sample and nothing of it is constant. So does a layer without running
     statistics.
 
+    A norm that has an activation, in networks of timm, becomes an ``nn.Sequential`` of the two.
+
     Gate, momenta and gradients of the parameters end here: the result is for evaluation and export alone, and its state
     dict has another layout. ``model`` stays as it is.
 

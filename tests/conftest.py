@@ -63,6 +63,8 @@ def no_reader_of_a_tool():
     checkpoint.load_url = load_url
     if patches := sys.modules.get('mmubn.openmmlab.patches'):
         patches._applied -= {'safe-reader', 'url-errors'}
+    if reader := sys.modules.get('mmubn.openmmlab.safe_reader'):
+        reader._trusted = False
 
 
 @pytest.fixture(params=['reference', 'torch', 'chosen'])

@@ -175,7 +175,8 @@ class UnifiedNorm(nn.BatchNorm2d):
             if name in initial
         }
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input  # the name by which a BatchNorm2d may be called
         if (node := node_in_trace(self, x)) is not None:
             return node
         self._check_input(x)
@@ -206,7 +207,9 @@ class UnifiedNorm(nn.BatchNorm2d):
         form = Form(self._eps, self.scaling, self.calibrate_bias, self.kernel_size)
         if not is_traced:
             self._check_shapes()
-        parameters = self._parameters_by_channel()
+        parameters = Parameters(
+            self.weight, self.bias, self.neighbor_weight, self.center_weight, self.scale_weight, self.scale_bias
+        )
         with torch.no_grad():
             # Statistics have no gradient of any kind: no_grad is for the backward alone.
             transformed = ops.is_transformed()
@@ -216,10 +219,6 @@ class UnifiedNorm(nn.BatchNorm2d):
             else:
                 statistics = self._running_statistics(data, backend, with_copies=is_differentiated)
         return ops.rectified_norm(backend, x, statistics, form, parameters)
-
-    def _parameters_by_channel(self) -> Parameters:
-        neighbors = None if self.neighbor_weight is None else self.neighbor_weight.view(self.num_features, -1)
-        return Parameters(self.weight, self.bias, neighbors, self.center_weight, self.scale_weight, self.scale_bias)
 
     def _has_running_statistics(self) -> bool:
         return self.running_mean is not None or self.running_var is not None

@@ -121,6 +121,7 @@ def _forward(
     backend: Backend, x: Tensor, statistics: Statistics, form: Form, parameters: Parameters
 ) -> tuple[Tensor, Coefficients, Tensor | None]:
     """The output, and what the backward needs of the way to it."""
+    parameters = parameters.by_channel()
     if x.numel() == 0:
         empty = statistics.mean.new_empty((0, len(parameters.weight)))
         return torch.empty_like(x), Coefficients(empty, empty, empty if form.scaling else None), None
@@ -138,7 +139,8 @@ def _backward(
     backend: Backend, dy: Tensor, saved: Saved, form: Form, wants_dx: bool
 ) -> tuple[Tensor | None, Gradients]:
     """The gradient of x, if it is wanted, and those of the parameters."""
-    x, parameters, statistics, coefficients, kernel = saved
+    x, own_parameters, statistics, coefficients, kernel = saved
+    parameters = own_parameters.by_channel()
     pixels = x.shape[2] * x.shape[3]
     if x.numel() == 0:
         taps = Backend.taps(backend, parameters, coefficients.scale.dtype)
@@ -146,16 +148,24 @@ def _backward(
         _, gradients = Backend.coefficients_backward(
             backend, TapSums(empty, empty), statistics, form, parameters, taps, coefficients, pixels
         )
-        return torch.zeros_like(x), gradients
+        return torch.zeros_like(x), _in_shape(gradients, own_parameters)
     taps = Taps(parameters.weight, parameters.neighbor_weight, kernel)
     tap_sums = backend.tap_sums(dy, x, coefficients.center, form.kernel_size)
     of_input, gradients = backend.coefficients_backward(
         tap_sums, statistics, form, parameters, taps, coefficients, pixels
     )
+    gradients = _in_shape(gradients, own_parameters)
     if not wants_dx:
         return None, gradients
     dx = backend.input_gradient(dy, x, tap_sums, statistics.a, coefficients, taps, of_input)
     return dx.to(x.dtype), gradients
+
+
+def _in_shape(gradients: Gradients, parameters: Parameters) -> Gradients:
+    """Gradients in the shapes of the parameters."""
+    if gradients.neighbor_weight is None or parameters.neighbor_weight is None:
+        return gradients
+    return gradients._replace(neighbor_weight=gradients.neighbor_weight.reshape(parameters.neighbor_weight.shape))
 
 
 def _differentiable_backward(dy: Tensor, saved: Saved, form: Form) -> tuple[Tensor | None, Gradients]:

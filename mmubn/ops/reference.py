@@ -41,6 +41,7 @@ def reference_norm(x: Tensor, statistics: Statistics, form: Form, parameters: Pa
     Returns:
         (N, C, H, W), in the dtype of x.
     """
+    parameters = parameters.by_channel()
     a = v = None
     mean, var = statistics.mean, statistics.var
     if statistics.condensed is not None:

@@ -49,10 +49,16 @@ class Parameters(NamedTuple):
 
     weight: Tensor  # centre tap, (C,)
     bias: Tensor  # beta, (C,)
-    neighbor_weight: Tensor | None  # the other taps, row by row, (C, T - 1)
+    neighbor_weight: Tensor | None  # the other taps, row by row: (C * (T - 1),) in a layer, (C, T - 1) in a backend
     center_weight: Tensor | None  # w_m, (C,)
     scale_weight: Tensor | None  # w_v, (C,)
     scale_bias: Tensor | None  # w_b, (C,)
+
+    def by_channel(self) -> Parameters:
+        """With a row of neighbor taps for each channel."""
+        if self.neighbor_weight is None:
+            return self
+        return self._replace(neighbor_weight=self.neighbor_weight.view(len(self.weight), -1))
 
     def detach(self) -> Parameters:
         """The same values without gradients of any kind."""

@@ -538,8 +538,7 @@ class TestWhoseReader:
         result = python(
             """
             import sys, torch, mmubn.cli
-            from mmubn import UBN
-from mmubn.openmmlab import safe_reader
+            from mmubn.openmmlab import safe_reader
             mmubn.openmmlab.install()
             safe_reader.use_safe_reader(trust=False)
             torch.load(sys.argv[1], weights_only=False)
