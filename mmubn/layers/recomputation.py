@@ -105,7 +105,8 @@ def is_backward_running() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-@torch.library.custom_op('mmubn::is_recomputation', mutates_args=())
+# The schema, since torch 2.4 cannot read annotations that are strings.
+@torch.library.custom_op('mmubn::is_recomputation', mutates_args=(), schema='(Tensor like) -> Tensor')
 def is_recomputation(like: Tensor) -> Tensor:
     """:func:`is_backward_running` as an operator, 0-d bool: a compiled graph runs again without any Python code."""
     return like.new_full((), is_backward_running(), dtype=torch.bool)

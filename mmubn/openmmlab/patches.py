@@ -194,7 +194,8 @@ PATCHES = (
             '`torch.load(weights_only=True)`, the default since torch 2.6, refuses the log history in the checkpoints '
             "of MMEngine, and the `argparse.Namespace` in those of torchvision's training scripts. Added are "
             'HistoryBuffer, a `getattr` for four methods of it and nothing else, what builds NumPy arrays of six '
-            'dtypes, and Namespace. Stock MMEngine 0.10.7 cannot resume without; onedl-mmengine has a list of its own '
+            'dtypes, under its names of NumPy 1 and 2, and Namespace. Stock MMEngine 0.10.7 cannot resume without; '
+            'onedl-mmengine has a list of its own '
             'for its own loads.'
         ),
         others='The same checkpoints load, of any model, in all of the process. No code of a file can run by it.',
