@@ -389,15 +389,14 @@ class UnifiedNorm(nn.BatchNorm2d):
 
     def _check_input(self, x: Tensor) -> None:
         name, channels = type(self).__name__, self.num_features
-        expected = ' or '.join(shape.format(channels) for shape in self.input_dims.values())
         if not isinstance(x, (Tensor, torch.fx.Proxy)):
             raise ValueError(
-                f'{name} expected a tensor of shape {expected}, got a {type(x).__name__}; '
+                f'{name} expected a tensor of shape {self._expected_shape()}, got a {type(x).__name__}; '
                 'convert an array with torch.as_tensor, and hand the maps of a list over one by one.'
             )
         if x.dim() not in self.input_dims or x.shape[1] != channels:
             raise ValueError(
-                f'{name} expected input of shape {expected}, got {tuple(x.shape)}; '
+                f'{name} expected input of shape {self._expected_shape()}, got {tuple(x.shape)}; '
                 'num_features must be the number of channels of the layer before.'
             )
         if not x.is_floating_point():
@@ -413,6 +412,9 @@ class UnifiedNorm(nn.BatchNorm2d):
                 f'{name} needs more than 1 value per channel in training, got input of shape {tuple(x.shape)}; '
                 'use a larger batch or call eval() on the layer.'
             )
+
+    def _expected_shape(self) -> str:
+        return ' or '.join(shape.format(self.num_features) for shape in self.input_dims.values())
 
     @torch.no_grad()
     def select_channels(self, index: Tensor | Sequence[int] | Sequence[bool] | slice) -> None:

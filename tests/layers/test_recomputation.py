@@ -197,22 +197,27 @@ def test_with_cp_of_a_backbone():
 
 
 COMPILED = {
-    'checkpoint of a compiled block': lambda model, reentrant: functools.partial(
-        checkpoint, torch.compile(model), use_reentrant=reentrant
+    'checkpoint of a compiled block': lambda model, reentrant, backend: functools.partial(
+        checkpoint, torch.compile(model, backend=backend), use_reentrant=reentrant
     ),
-    'compiled checkpoint of a block': lambda model, reentrant: torch.compile(
-        functools.partial(checkpoint, model, use_reentrant=reentrant)
+    'compiled checkpoint of a block': lambda model, reentrant, backend: torch.compile(
+        functools.partial(checkpoint, model, use_reentrant=reentrant), backend=backend
     ),
-    'compiled block': lambda model, reentrant: torch.compile(model),
+    'compiled block': lambda model, reentrant, backend: torch.compile(model, backend=backend),
 }
 
 
 @pytest.mark.parametrize(
-    ('how', 'reentrant'),
-    [(how, reentrant) for how in COMPILED for reentrant in MODES.values() if reentrant or how != 'compiled block'],
+    ('how', 'reentrant', 'backend'),
+    [
+        # All of inductor but for the code that it writes, which takes minutes to compile.
+        *[(how, True, 'aot_eager_decomp_partition') for how in COMPILED if how != 'compiled checkpoint of a block'],
+        ('checkpoint of a compiled block', False, 'aot_eager_decomp_partition'),
+        *[pytest.param(how, each, 'inductor', marks=pytest.mark.slow) for how in COMPILED for each in MODES.values()],
+    ],
 )
 @pytest.mark.filterwarnings('ignore::UserWarning')
-def test_compiled(how, reentrant):
+def test_compiled(how, reentrant, backend):
     """Moves the statistics once, and repeats the decision of the first run, also where the gate closes."""
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -223,7 +228,7 @@ def test_compiled(how, reentrant):
         norm.running_similarity.fill_(0.9)
         nn.init.zeros_(norm.bias)  # it makes all samples similar
     expected = copy.deepcopy(block)
-    call = COMPILED[how](block, reentrant)
+    call = COMPILED[how](block, reentrant, backend)
     for step in range(4):
         gradients = []
         for model, run in ((expected, expected), (block, call)):
