@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FrameType, GeneratorType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 __all__ = ['Call', 'RecordedCalls', 'is_backward_running', 'is_recomputation']
 
-MAX_CALLS = 64  # of a layer, between a forward without a graph and its backward
+MAX_CALLS = 64  # of a layer under saved-tensor hooks that may be any
 
 
 @dataclass(eq=False)
@@ -21,12 +25,21 @@ class Call:
     """One training forward: what identifies it, and what its repetition must not decide again."""
 
     a: Tensor  # instance means of its input, (N, C)
+    v: Tensor  # instance variances, (N, C)
     mean: Tensor  # the statistics that normalised, (C,)
     var: Tensor
     condensed: Tensor  # whether they were the batch's, 0-d bool
     num_values: int | Tensor  # values per channel of the batch
-    number: int = 0  # how many calls of the layer were recorded before
-    uses: int | Tensor = 0  # how often it was repeated; 0-d where that is known on the device alone
+    uses: int | Tensor = 0  # how often it was repeated, where contents tell; 0-d if known on the device alone
+
+
+@dataclass(eq=False)
+class Calls:
+    """The calls of a layer in one checkpoint, in order, and how far a backward has repeated them."""
+
+    calls: deque[Call]
+    backward: int = -1  # number of torch's graph task
+    position: int = 0
 
 
 class RecordedCalls:
@@ -37,17 +50,16 @@ class RecordedCalls:
     run must use the first one's decision, move nothing and call no collective.
 
     Nothing is recorded of a forward that cannot run again: one that builds its own graph, and keeps the tensors of it.
-    Two kinds may:
+    What runs a forward again is an object that lives as long as the graph, and the records of a layer go with it:
 
-    - under saved-tensor hooks (a checkpoint that is not reentrant): the hooks hold the graph's tensors, and a record is
-      forgotten with the last of them;
-    - inside the forward of an ``autograd.Function`` (a reentrant checkpoint), where gradients of both kinds are off: a
-      record is forgotten when the layer records again after all were used, or after 64 others. (What was used is
-      kept until then for a second backward through the same graph.)
+    - the context of an ``autograd.Function`` in whose forward the layer runs (a reentrant checkpoint, of torch or
+      others), found on the stack in its forward and again in its backward;
+    - the frame of a checkpoint of torch that is not reentrant, found in its saved-tensor hooks;
+    - other saved-tensor hooks, of which nothing more is known.
 
-    Of several recorded calls the repetition's instance means tell which it is: those of the same bits, or else the
-    nearest; of several such, the one that was used least, and of these the newest, since a backward goes from the end.
-    All of that is done on the device; one call needs none of it.
+    In the first two, the calls of a layer are repeated in their order. In the third, the instance moments tell which is
+    repeated: those of the same bits, or else the nearest; of several such, the one that was used least, and of these
+    the newest, since a backward goes from the end. That choice is made on the device.
 
     In a graph of torch.compile nothing is recorded: a repetition moves nothing and decides by the running similarity as
     the first run left it (:func:`is_recomputation`). That is the first run's decision unless the layer ran in between.
@@ -56,48 +68,45 @@ class RecordedCalls:
     """
 
     def __init__(self) -> None:
-        self._by_hook: weakref.WeakKeyDictionary[Any, list[Call]] = weakref.WeakKeyDictionary()
-        self._without_graph: deque[Call] = deque(maxlen=MAX_CALLS)
-        self._num_recorded = 0
-        self._num_repeated = 0  # of those without a graph
+        self._by_owner: weakref.WeakKeyDictionary[Any, Calls] = weakref.WeakKeyDictionary()
 
     def __reduce__(self) -> tuple:
         return RecordedCalls, ()
 
     def __len__(self) -> int:
-        return len(self._without_graph) + sum(map(len, self._by_hook.values()))
+        return sum(len(each.calls) for each in self._by_owner.values())
 
     def record(self, call: Call) -> None:
         """Keep a call if it may run again. Never waits for the device."""
         if torch.compiler.is_compiling():
             return
-        unpack_hook = _unpack_hook()
-        if unpack_hook is None and not _inside_function():
-            return
-        call.number = self._num_recorded
-        self._num_recorded += 1
-        if unpack_hook is not None:
-            self._by_hook.setdefault(unpack_hook, []).append(call)
-            return
-        if self._num_repeated >= len(self._without_graph):
-            self._without_graph.clear()
-            self._num_repeated = 0
-        self._without_graph.append(call)
+        for owner in _owners():
+            length = None if _is_known(owner) else MAX_CALLS
+            self._by_owner.setdefault(owner, Calls(deque(maxlen=length))).calls.append(call)
 
-    def repeated(self, a: Tensor) -> Call | None:
-        """The call that a forward during a backward repeats, by its instance means; None where this is a first run."""
-        if torch.compiler.is_compiling() or not is_backward_running():
+    def repeated(self, a: Tensor, v: Tensor) -> Call | None:
+        """The call that a forward during a backward repeats; None where this is a first run."""
+        if torch.compiler.is_compiling() or not self._by_owner or not is_backward_running():
             return None
-        with_graph = [call for calls in self._by_hook.values() for call in calls]
-        fitting = [call for call in (*with_graph, *self._without_graph) if _is_like(call.a, a)]
-        if not fitting:
-            return None
-        if not with_graph:
-            self._num_repeated += 1
-        if len(fitting) == 1:
-            fitting[0].uses += 1
-            return fitting[0]
-        return _choose(sorted(fitting, key=lambda call: -call.number), a)
+        call = None
+        known = [owner for owner in _repeating() if owner in self._by_owner]
+        if known:
+            call = self._next(self._by_owner[known[0]])
+        else:
+            others = [calls for owner, calls in self._by_owner.items() if not _is_known(owner)]
+            fitting = [call for each in others for call in each.calls if _is_like(call.a, a)]
+            call = _choose(fitting[::-1], a, v) if fitting else None
+        if call is not None:
+            self.record(call)  # a checkpoint within the one that is repeated will itself run the layer again
+        return call
+
+    @staticmethod
+    def _next(recorded: Calls) -> Call | None:
+        backward = torch._C._current_graph_task_id()
+        if recorded.backward != backward:
+            recorded.backward, recorded.position = backward, 0
+        recorded.position += 1
+        return recorded.calls[recorded.position - 1] if recorded.position <= len(recorded.calls) else None
 
 
 def is_backward_running() -> bool:
@@ -117,10 +126,35 @@ def _(like: Tensor) -> Tensor:
     return like.new_empty((), dtype=torch.bool)
 
 
-def _unpack_hook() -> Any:
-    """The innermost of torch's saved-tensor hooks; it lives as long as the tensors that it is to unpack."""
+# --- what runs a forward again ----------------------------------------------------------------------------------------
+
+
+def _owners() -> list[Any]:
+    """What may run this forward again; most often nothing."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return None if hooks is None else hooks[1]
+    is_inside = _inside_function()
+    if hooks is None and not is_inside:
+        return []
+    owners = list(_contexts('forward')) if is_inside else []
+    owners += _frames_of_checkpoints()
+    if hooks is not None:
+        cells = _cells(hooks[0])
+        owners += [each for each in cells if _is_frame(each)]
+        is_repetition = any(isinstance(each, weakref.ref) and _is_frame(each()) for each in cells)
+        if not owners and not is_repetition:
+            owners.append(hooks[1])  # which lives as long as the tensors that it is to unpack
+    return list(dict.fromkeys(owners))
+
+
+def _repeating() -> Iterator[Any]:
+    """What may be running this forward again, the innermost first."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None:
+        frames = (each() for each in _cells(hooks[0]) if isinstance(each, weakref.ref))
+        yield from (frame for frame in frames if _is_frame(frame))
+    for name, values in _stack('backward', 'unpack_hook'):
+        wanted = _is_frame if name == 'unpack_hook' else _is_context
+        yield from (each for each in values if wanted(each))
 
 
 def _inside_function() -> bool:
@@ -128,13 +162,58 @@ def _inside_function() -> bool:
     return not (torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
 
 
+def _contexts(method: str) -> list[Any]:
+    """The contexts of the autograd.Functions whose ``method`` is on the stack."""
+    return [each for _, values in _stack(method) for each in values[:1] if _is_context(each)]
+
+
+def _frames_of_checkpoints() -> list[Any]:
+    """The checkpoints of torch that are not reentrant within which this code runs: each waits in a generator."""
+    generators = [each for _, values in _stack('checkpoint') for each in values if isinstance(each, GeneratorType)]
+    found = [frame.f_locals.values() for each in generators if (frame := each.gi_frame) is not None]
+    return [each for values in found for each in values if _is_frame(each)]
+
+
+def _stack(*names: str) -> Iterator[tuple[str, list[Any]]]:
+    """The functions of these names on the stack, the innermost first, with their variables, the arguments first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name in names:
+            yield frame.f_code.co_name, list(frame.f_locals.values())
+        frame = frame.f_back
+
+
+def _cells(function: Any) -> list[Any]:
+    """What a function has from the function that it is defined in."""
+    cells = getattr(function, '__closure__', None) or ()
+    return [cell.cell_contents for cell in cells if cell != type(cell)()]
+
+
+def _is_frame(value: object) -> bool:
+    """Whether this is what a checkpoint of torch that is not reentrant knows of itself."""
+    return type(value).__name__ == '_CheckpointFrame'
+
+
+def _is_context(value: object) -> bool:
+    return isinstance(value, FunctionCtx)
+
+
+def _is_known(owner: object) -> bool:
+    return _is_context(owner) or _is_frame(owner)
+
+
+# --- by contents ------------------------------------------------------------------------------------------------------
+
+
 def _is_like(one: Tensor, other: Tensor) -> bool:
     return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
 
 
-def _choose(calls: list[Call], a: Tensor) -> Call:
-    """The call of these, newest first, that has the instance means a. The choice stays on the device."""
-    distances = torch.stack([_distance(call.a, a) for call in calls])
+def _choose(calls: list[Call], a: Tensor, v: Tensor) -> Call:
+    """The call of these, newest first, that has the instance moments a and v. The choice stays on the device."""
+    if len(calls) == 1:
+        return calls[0]
+    distances = torch.stack([_distance(call.a, a) + _distance(call.v, v) for call in calls])
     uses = torch.stack([_as_tensor(call.uses, a) for call in calls])
     index = torch.where(distances == distances.min(), uses, math.inf).argmin()  # of equal ones, the first
     uses = uses + (torch.arange(len(calls), device=a.device) == index)
@@ -144,16 +223,14 @@ def _choose(calls: list[Call], a: Tensor) -> Call:
     def chosen(values: list[Tensor]) -> Tensor:
         return torch.stack(values).index_select(0, index.view(1))[0]
 
-    counts = [call.num_values for call in calls]
+    counts = [call.num_values for call in calls if isinstance(call.num_values, Tensor)]
     return Call(
         a,
+        v,
         chosen([call.mean for call in calls]),
         chosen([call.var for call in calls]),
         chosen([call.condensed for call in calls]),
-        # A number is the same for all calls of one shape.
-        chosen([count for count in counts if isinstance(count, Tensor)])
-        if isinstance(counts[0], Tensor)
-        else counts[0],
+        chosen(counts) if counts else calls[0].num_values,  # a number is the same for all calls of one shape
     )
 
 

@@ -261,12 +261,12 @@ class UnifiedNorm(nn.BatchNorm2d):
     def _batch_statistics(self, x: Tensor, backend: Backend, form: Form, parameters: Parameters) -> Statistics:
         """The statistics that normalise a training batch. Moves the buffers in place and never waits for the device."""
         moments = self._moments(x, backend)
-        call, coefficients = self._calls.repeated(moments.a), None
+        call, coefficients = self._calls.repeated(*moments), None
         if call is None:
             decision = self._decide(x, moments, backend, form, parameters)
             if self._moves():
                 self._move(decision, self._moves_in_compiled_graph(moments))
-            call = Call(moments.a, decision.mean, decision.var, decision.condensed, decision.num_values)
+            call = Call(*moments, decision.mean, decision.var, decision.condensed, decision.num_values)
             coefficients = decision.coefficients
             self._calls.record(call)
         a, v = moments
@@ -309,7 +309,7 @@ class UnifiedNorm(nn.BatchNorm2d):
         if momentum is None:
             assert isinstance(gate, Tensor), 'a similarity decides only where momentum is a number'
             count = self.num_batches_tracked
-            momentum = 1.0 if count is None else 1 / (count + gate).to(var.dtype)
+            momentum = 0.0 if count is None else 1 / (count + gate).to(var.dtype)
         return Running(mean, var, momentum)
 
     def _move(self, decision: Decision, moves: Tensor | None) -> None:

@@ -242,6 +242,122 @@ def test_compiled(how, reentrant, backend):
     assert 0 < int(norms[1].num_batches_tracked) < 4, 'the gate must have closed on the way'
 
 
+def UNPACK(x):  # noqa: N802
+    return x
+
+
+class TestOrder:
+    """Whose decision is repeated is known by the checkpoint, not by contents or by the order of the backward."""
+
+    @REENTRANT
+    @pytest.mark.parametrize('norm', TYPES)
+    @pytest.mark.parametrize('together', [True, False], ids=['one checkpoint', 'two'])
+    @pytest.mark.parametrize('equal', [True, False], ids=['equal', 'equal means'])
+    def test_of_calls_with_equal_means(self, norm, reentrant, together, equal, backend):
+        noise = batch((4, 3, 5, 5), dtype=torch.float64)
+        x = ((noise * 16).round() / 16).detach()
+        x = x if equal else x - x.flip(-1, -2)  # of mean zero, to the last bit
+        results = []
+        for is_checkpointed in (False, True):
+            layer = randomize(norm(3)).double()
+            if isinstance(layer, UBN):
+                layer.similarity_momentum = 0.5
+                layer.running_similarity.fill_(0.31 if equal else 0.6)
+            z = x.clone().requires_grad_()
+            run = functools.partial(checkpoint, use_reentrant=reentrant) if is_checkpointed else lambda f, x: f(x)
+
+            if together:
+                run(lambda z, layer=layer: layer(z).sin() + layer((1 if equal else 3) * z).cos(), z).sum().backward()
+            else:
+                first, second = run(layer, z), run(layer, (1 if equal else 3) * z)
+                first.sin().sum().backward()
+                second.cos().sum().backward()
+            results.append([z.grad, *(p.grad for p in layer.parameters()), *layer.buffers()])
+        torch.testing.assert_close(*results)
+
+    @REENTRANT
+    @pytest.mark.parametrize('nested', [False, True], ids=['plain', 'nested'])
+    def test_of_batches_in_flight(self, reentrant, nested, backend):
+        """A pipeline: the forward of the next batch comes before the backward of this one, for a hundred steps."""
+
+        def run(layer, x):
+            once = functools.partial(checkpoint, layer, use_reentrant=reentrant)
+            return checkpoint(lambda x: once(x).sin(), x, use_reentrant=reentrant) if nested else once(x).sin()
+
+        results = []
+        for call in (lambda layer, x: layer(x).sin(), run):
+            layer, gradients = layer_at(0.9), []
+            previous = None
+            for seed in range(100):
+                x = batch((2, 3, 4, 4), seed=seed, dtype=torch.float64).requires_grad_()
+                current = call(layer, x), x
+                if previous is not None:
+                    previous[0].sum().backward()
+                    gradients.append(previous[1].grad)
+                previous = current
+            results.append(gradients)
+        torch.testing.assert_close(*results)
+
+    @REENTRANT
+    def test_after_calls_that_nothing_repeats(self, reentrant, backend):
+        """A forward without gradients, one that failed, and an output that nobody used, on the same batch."""
+
+        class FailureError(Exception):
+            pass
+
+        def fail(y):
+            raise FailureError
+
+        run = functools.partial(checkpoint, use_reentrant=reentrant)
+        results = []
+        for is_checkpointed in (False, True):
+            layer = layer_at(0.9)
+            x = batches(1)[0].requires_grad_()
+            call = run if is_checkpointed else lambda f, x: f(x)
+            with torch.no_grad():
+                call(layer, x)
+            with pytest.raises(FailureError):
+                call(lambda x, layer=layer: fail(layer(x)), x)
+            unused = call(layer, x)
+            y = call(lambda x, layer=layer: layer(x).sin(), x)
+            del unused
+            y.sum().backward()
+            results.append([x.grad, *(p.grad for p in layer.parameters()), *layer.buffers()])
+        torch.testing.assert_close(*results)
+
+    @REENTRANT
+    @pytest.mark.parametrize('norm', TYPES)
+    def test_under_other_hooks_within(self, norm, reentrant):
+        results = []
+        for is_checkpointed in (False, True):
+            layer = randomize(norm(3)).double()
+
+            def block(z, layer=layer):
+                with torch.autograd.graph.save_on_cpu():
+                    y = layer(z)
+                return y.sin() * z
+
+            gradients = []
+            for x in batches(3, shared=3.0):
+                x.requires_grad_()
+                y = checkpoint(block, x, use_reentrant=reentrant) if is_checkpointed else block(x)
+                y.sum().backward()
+                gradients.append(x.grad)
+            results.append([*gradients, *layer.buffers()])
+        torch.testing.assert_close(*results)
+        assert layer.num_batches_tracked == 3
+
+    @REENTRANT
+    def test_a_new_forward_during_a_backward_is_none(self, reentrant):
+        """In a hook of a tensor: it moves the statistics, as any other forward in training."""
+        layer = randomize(UBN(3, threshold=None)).double()
+        x, other = (each.requires_grad_() for each in batches(2))
+        y = checkpoint(lambda z: layer(z).sin() * z, x, use_reentrant=reentrant)
+        y.register_hook(lambda gradient: (layer(other), None)[1])
+        y.sum().backward()
+        assert layer.num_batches_tracked == 2
+
+
 class TestRecords:
     def test_none_where_nothing_can_run_again(self):
         """Not in training, in evaluation, nor where statistics are re-estimated."""
@@ -275,14 +391,22 @@ class TestRecords:
         gc.collect()
         assert len(layer._calls) == 0
 
-    def test_of_a_reentrant_checkpoint_they_do_not_gather(self):
-        """There is no graph to go with; each holds tensors on the device, and a layer trains for days."""
+    def test_of_a_reentrant_checkpoint_they_go_with_the_graph(self):
         layer = layer_at(0.5)
-        for x in batches(3):
-            checkpoint(layer, x.requires_grad_(), use_reentrant=True).sum().backward()
-            assert len(layer._calls) == 1
-        for x in batches(100):  # no backward
-            checkpoint(layer, x.requires_grad_(), use_reentrant=True)
+        x = batches(1)[0].requires_grad_()
+        y = checkpoint(layer, x, use_reentrant=True)
+        assert len(layer._calls) == 1
+        y.sum().backward()
+        del y
+        assert len(layer._calls) == 0
+        checkpoint(layer, x, use_reentrant=True)
+        assert len(layer._calls) == 0
+
+    def test_of_hooks_that_live_for_ever_they_do_not_gather(self):
+        layer = layer_at(0.5)
+        for x in batches(3) * 30:
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: x, UNPACK):
+                layer(x.requires_grad_()).sum().backward()
         assert len(layer._calls) == 64
 
     def test_they_are_no_state(self):
