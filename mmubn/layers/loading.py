@@ -18,8 +18,14 @@ BATCH_NORM = {'weight', 'bias', 'running_mean', 'running_var'}
 
 
 def convert_entries(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
-    """:func:`mmubn.checkpoints.convert_state` for ``layer``, a norm of this package; those of its activation stay."""
-    apart = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(f'{prefix}act.')}  # of a PReLU
+    """:func:`mmubn.checkpoints.convert_state` for ``layer``, a norm of this package; those of its children stay.
+
+    Where tensors of the layer are computed from others (parametrizations, pruning by masks), nothing is converted.
+    """
+    if not {'weight', 'bias'} <= layer._parameters.keys():
+        return
+    children = tuple(f'{prefix}{name}.' for name in layer._modules)  # an activation in networks of timm, an adapter
+    apart = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(children)}
     _convert_own(layer, state_dict, prefix)
     state_dict.update(apart)
 
@@ -52,6 +58,8 @@ def read_overlay(layer: Any, state_dict: dict, prefix: str) -> None:
     So it is after ``own = model.state_dict(); own.update(...); model.load_state_dict(own)``: the entries that were not
     updated are no copies, but the tensors of the layer themselves.
     """
+    if not {'weight', 'bias'} <= layer._parameters.keys():
+        return
     tensors = _tensors(layer)
     tensors.pop('num_batches_tracked', None)
     entries: dict[str, Any] = {key: state_dict.get(prefix + key) for key in tensors}
@@ -59,7 +67,7 @@ def read_overlay(layer: Any, state_dict: dict, prefix: str) -> None:
         return
     own = {key for key, entry in entries.items() if _is_same(entry, tensors[key])}
     name = type(layer).__name__
-    if own and not own & BATCH_NORM:
+    if own and not own & BATCH_NORM and _is_fresh(layer):
         for key in own:
             del state_dict[prefix + key]
         warnings.warn(
@@ -80,13 +88,17 @@ def read_overlay(layer: Any, state_dict: dict, prefix: str) -> None:
 
 def _looks_overwritten(layer: Any, running_var: Tensor) -> bool:
     """Whether the layer is as fresh but for what a BatchNorm has, and was not read from one by a conversion."""
-    if layer.was_converted or layer.scaling is None:
+    if layer.was_converted or layer.scaling is None or not _is_fresh(layer):
         return False
-    initial = layer.initial_rectifications()
+    # A fresh layer after a forward has other statistics too, but a weight of ones.
+    return bool((_local(running_var) != 1).any()) and bool((_local(layer.weight) != 1).any())
+
+
+def _is_fresh(layer: Any) -> bool:
+    """Whether all that a BatchNorm lacks has its initial value. In a trained layer it is not for a load to reset it."""
     values = dict(layer.named_parameters(recurse=False))
-    if not all(_local(values[name]).equal(_local(value)) for name, value in initial.items()):
-        return False
-    return bool((_local(running_var) != 1).any())
+    initial = layer.initial_rectifications()
+    return all(_local(values[name].detach()).equal(_local(value)) for name, value in initial.items() if name in values)
 
 
 def _tensors(layer: nn.Module) -> dict[str, Tensor]:

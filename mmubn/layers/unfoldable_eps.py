@@ -70,12 +70,14 @@ def _plain(value: Any) -> Any:
 def _is_variance(operand: Any, layer: nn.Module | None) -> bool:
     """Whether ``operand`` is the running variance of ``layer``: itself, a view of it, or a copy in any dtype."""
     var = getattr(layer, 'running_var', None)
-    if not isinstance(operand, torch.Tensor) or var is None or operand.numel() != var.numel():
+    if not isinstance(operand, torch.Tensor) or var is None:
         return False
     if type(operand) not in (torch.Tensor, nn.Parameter) or operand.is_meta or var.is_meta:
         return True  # of a trace or a transform: it has no values to compare
-    operand, var = (tensor.detach().flatten() for tensor in (operand, var))
-    if operand.data_ptr() == var.data_ptr():
+    if operand.untyped_storage().data_ptr() == var.untyped_storage().data_ptr():
         return True
+    if operand.numel() != var.numel() or operand.device != var.device:
+        return False
     # A variance of ones is that of any fresh norm.
-    return bool((var != 1).any()) and torch.equal(operand.to('cpu', torch.float32), var.to('cpu', torch.float32))
+    copy = var.detach().to(operand.dtype)
+    return bool((var != 1).any()) and torch.equal(operand.detach().reshape(copy.shape), copy)

@@ -89,7 +89,9 @@ class RectifiedNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         saved = unpack(ctx.saved_tensors, ctx.num_values, ctx.synchronized)
         with functional.without_autocast(dy.device.type):
-            if torch.is_grad_enabled():
+            # By plain operators, too, where gradients are batched: vmap, is_grads_batched (by a vmap of another kind).
+            batched = torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(dy)
+            if torch.is_grad_enabled() or batched:
                 dx, gradients = _differentiable_backward(dy, saved, ctx.form)
             else:
                 _, _, _, wants_dx, *_ = ctx.needs_input_grad
@@ -176,7 +178,9 @@ def _differentiable_backward(dy: Tensor, saved: Saved, form: Form) -> tuple[Tens
         )
     inputs = [saved.x, *saved.parameters]
     wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
-    y = reference_norm(saved.x, saved.statistics, form, saved.parameters)
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        y = reference_norm(saved.x, saved.statistics, form, saved.parameters)
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))
     dx, *gradients = (next(found) if tensor is not None and tensor.requires_grad else None for tensor in inputs)
     return dx, Gradients(*gradients)

@@ -97,6 +97,37 @@ class TestFilteredLoad:
                 assert torch.equal(other.state_dict()[key], value), key
 
 
+@EACH_TYPE
+@pytest.mark.filterwarnings('error')
+def test_what_a_trained_layer_has_stays(norm):
+    """Copies of some of its own tensors in its state dict; and that of a fresh layer after a forward."""
+    layer = randomize(norm(4)).double()
+    own = layer.state_dict()
+    expected = copy.deepcopy(own)
+    own.update({key: own[key].clone() for key in ('weight', 'bias', 'running_mean', 'running_var')})
+    layer.load_state_dict(own)
+    for key, value in layer.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+    fresh = norm(4)
+    fresh(batch((2, 4, 5, 5)))
+    fresh.load_state_dict(fresh.state_dict())
+
+
+@EACH_TYPE
+def test_with_children_and_parametrizations(norm):
+    """Entries of modules in the norm are theirs; computed tensors are left to torch."""
+    layer, other = randomize(norm(4)), norm(4)
+    for each in (layer, other):
+        each.add_module('adapter', nn.Linear(4, 4))
+    other.load_state_dict(layer.state_dict())
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in layer.state_dict().items())
+    layer, other = randomize(norm(4)), norm(4)
+    for each in (layer, other):
+        nn.utils.parametrize.register_parametrization(each, 'weight', nn.Identity())
+    other.load_state_dict(layer.state_dict())
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in layer.state_dict().items())
+
+
 def test_of_another_kernel_size_is_an_error():
     """Its neighbor taps do not fit, and without them it would be another function."""
     layer, other = UBN(4), randomize(UBN(4, kernel_size=5))

@@ -81,6 +81,17 @@ class TestFunc:
         (second,) = torch.autograd.grad((first * direction).sum(), leaf)
         torch.testing.assert_close(hvp, second)
 
+    @pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
+    def test_batched_gradients(self, norm, training, backend):
+        """``is_grads_batched``, a vmap over the backward alone."""
+        layer, x = layer_of(norm, training), images()
+
+        def small(x):
+            return copy.deepcopy(layer)(x).sum((0, 2, 3))
+
+        one_by_one = torch.autograd.functional.jacobian(small, x)
+        torch.testing.assert_close(torch.autograd.functional.jacobian(small, x, vectorize=True), one_by_one)
+
     def test_per_sample_gradients(self, norm, backend):
         layer, x = layer_of(norm), images()
         parameters, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())
