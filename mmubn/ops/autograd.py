@@ -89,9 +89,8 @@ class RectifiedNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         saved = unpack(ctx.saved_tensors, ctx.num_values, ctx.synchronized)
         with functional.without_autocast(dy.device.type):
-            # By plain operators, too, where gradients are batched: vmap, is_grads_batched (by a vmap of another kind).
-            batched = torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(dy)
-            if torch.is_grad_enabled() or batched:
+            # By plain operators, too, where gradients are batched.
+            if torch.is_grad_enabled() or _is_batched(dy):
                 dx, gradients = _differentiable_backward(dy, saved, ctx.form)
             else:
                 _, _, _, wants_dx, *_ = ctx.needs_input_grad
@@ -161,6 +160,13 @@ def _backward(
         return None, gradients
     dx = backend.input_gradient(dy, x, tap_sums, statistics.a, coefficients, taps, of_input)
     return dx.to(x.dtype), gradients
+
+
+def _is_batched(dy: Tensor) -> bool:
+    """Whether a vmap is over the backward: that of torch.func, or the older one of ``is_grads_batched``."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(dy)
 
 
 def _in_shape(gradients: Gradients, parameters: Parameters) -> Gradients:
