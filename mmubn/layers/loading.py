@@ -20,9 +20,9 @@ BATCH_NORM = {'weight', 'bias', 'running_mean', 'running_var'}
 def convert_entries(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
     """:func:`mmubn.checkpoints.convert_state` for ``layer``, a norm of this package; those of its children stay.
 
-    Where tensors of the layer are computed from others (parametrizations, pruning by masks), nothing is converted.
+    Where tensors of the layer are computed from others, nothing is converted.
     """
-    if not {'weight', 'bias'} <= layer._parameters.keys():
+    if _has_computed_tensors(layer):
         return
     children = tuple(f'{prefix}{name}.' for name in layer._modules)  # an activation in networks of timm, an adapter
     apart = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(children)}
@@ -58,7 +58,7 @@ def read_overlay(layer: Any, state_dict: dict, prefix: str) -> None:
     So it is after ``own = model.state_dict(); own.update(...); model.load_state_dict(own)``: the entries that were not
     updated are no copies, but the tensors of the layer themselves.
     """
-    if not {'weight', 'bias'} <= layer._parameters.keys():
+    if _has_computed_tensors(layer):
         return
     tensors = _tensors(layer)
     tensors.pop('num_batches_tracked', None)
@@ -99,6 +99,11 @@ def _is_fresh(layer: Any) -> bool:
     values = dict(layer.named_parameters(recurse=False))
     initial = layer.initial_rectifications()
     return all(_local(values[name].detach()).equal(_local(value)) for name, value in initial.items() if name in values)
+
+
+def _has_computed_tensors(layer: nn.Module) -> bool:
+    """Whether tensors of the layer are computed from others, by a parametrization or a mask of pruning."""
+    return not {'weight', 'bias'} <= layer._parameters.keys()
 
 
 def _tensors(layer: nn.Module) -> dict[str, Tensor]:

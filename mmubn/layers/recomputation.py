@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-__all__ = ['Call', 'RecordedCalls', 'is_backward_running', 'is_recomputation']
+__all__ = ['Call', 'RecordedCalls', 'is_recomputation']
 
 MAX_CALLS = 64  # of a layer under saved-tensor hooks that may be any
 
@@ -110,7 +110,7 @@ class RecordedCalls:
 
 
 def is_backward_running() -> bool:
-    """Whether this thread runs a backward, in which a forward can only be one that is repeated."""
+    """Whether this thread runs a backward, in which alone a forward can be a repetition."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -135,7 +135,7 @@ def _owners() -> list[Any]:
     is_inside = _inside_function()
     if hooks is None and not is_inside:
         return []
-    owners = list(_contexts('forward')) if is_inside else []
+    owners = _contexts('forward') if is_inside else []
     owners += _frames_of_checkpoints()
     if hooks is not None:
         cells = _cells(hooks[0])
