@@ -12,7 +12,7 @@ _HAS_MMENGINE = check_environment()
 from mmubn.deploy import FoldedUBN, fold  # noqa: E402 - only after torch is known to be there
 from mmubn.layers import BNET, IEBN, RBN, UBN, SyncUBN, UnitizedBN, convert_state_dict  # noqa: E402
 from mmubn.openmmlab import patches  # noqa: E402
-from mmubn.ops import backend_info  # noqa: E402
+from mmubn.ops import backend_info, use_backend  # noqa: E402
 from mmubn.version import __version__  # noqa: E402
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     'backend_info',
     'convert_state_dict',
     'fold',
+    'use_backend',
 ]
 
 if _HAS_MMENGINE:

@@ -156,7 +156,7 @@ def _with_drop_and_act(folded: nn.Module, layer: UnifiedNorm) -> nn.Module:
 
 @torch.no_grad()
 def _fold_layer(layer: UnifiedNorm) -> nn.Module:
-    layer._check_shapes()
+    layer._check_shapes(layer._own_parameters())
     if layer.running_mean is None:
         return layer  # the batch's own statistics normalise it
     # In float64, so that every constant is rounded once; on the CPU, since some devices have no float64.

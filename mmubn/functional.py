@@ -48,7 +48,9 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager:
     """A context without autocast. Does nothing where it is off: an exported graph is plainer without the switch."""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    # The first two have autocast, and torch.compile (2.6) cannot trace the question.
+    is_available = device in ('cpu', 'cuda') or torch.amp.is_autocast_available(device)
+    if is_available and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 

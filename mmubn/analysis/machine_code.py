@@ -29,9 +29,10 @@ __all__ = [
     'passes',
     'read_code',
     'source_of',
+    'variant_of',
 ]
 
-POINTERS = {torch.float32: 'fp32', torch.float16: 'fp16', torch.bfloat16: 'bf16', torch.bool: 'i1'}
+POINTERS = {torch.float32: 'fp32', torch.float16: 'fp16', torch.bfloat16: 'bf16', torch.bool: 'i1', torch.int64: 'i64'}
 # Tensors of the size of x that a kernel reads and writes
 PASSES = {'moments': 1, 'apply': 2, 'tap_sums': 2, 'input_gradient': 3}
 
@@ -97,23 +98,37 @@ def kernel_name(launch: Launch) -> str:
 
 def source_of(launch: Launch) -> ASTSource:
     """The kernel specialised as a launch specialises it: to None, to 1, and to what 16 divides."""
+    signature, fixed, attributes = _specialisation(launch)
+    return ASTSource(launch.kernel, signature, fixed, attributes)
+
+
+def variant_of(launch: Launch) -> tuple:
+    """What a launch is compiled for: launches that are equal in this share their machine code."""
+    signature, fixed, attributes = _specialisation(launch)
+    return kernel_name(launch), *signature.items(), *fixed.items(), *attributes, launch.num_warps
+
+
+def _specialisation(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list]]:
+    """The types of the parameters, the values of those that are fixed, and the attributes of the others."""
     kernel = launch.kernel
-    signature: dict[str, str] = {}
+    types: dict[str, str] = {}
     fixed: dict[str, Any] = dict(launch.constants)
     attributes: dict[tuple[int, ...], list] = {}
-    for i, (name, value) in enumerate(zip(kernel.arg_names, launch.arguments, strict=False)):
-        specialised = name not in (kernel.do_not_specialize or ())
-        if value is None or (isinstance(value, int) and value == 1 and specialised):
+    for i, (parameter, value) in enumerate(zip(kernel.params, launch.arguments, strict=False)):
+        name = parameter.name
+        if value is None or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
             fixed[name] = value
             continue
         if isinstance(value, Tensor):
-            signature[name] = f'*{POINTERS[value.dtype]}'
+            types[name] = f'*{POINTERS[value.dtype]}'
         else:
-            signature[name] = 'fp32' if isinstance(value, float) else 'i32' if value < 2**31 else 'i64'
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0 and specialised):
+            types[name] = 'fp32' if isinstance(value, float) else 'i32' if value < 2**31 else 'i64'
+        number = value.data_ptr() if isinstance(value, Tensor) else value
+        unspecialised = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+        if isinstance(number, int) and number % 16 == 0 and not unspecialised:
             attributes[(i,)] = [['tt.divisibility', 16]]
-    signature |= dict.fromkeys(fixed, 'constexpr')
-    return ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, fixed, attributes)
+    types |= dict.fromkeys(fixed, 'constexpr')
+    return {name: types[name] for name in kernel.arg_names}, fixed, attributes
 
 
 def compile_launch(launch: Launch, architecture: int) -> Any:
@@ -158,13 +173,21 @@ def instructions_per_value(launch: Launch, code: Code, values: int) -> float:
     An instruction counts for every lane, whether it has a value to work on or not. What a program does before and after
     its loop over tiles counts too; a branch around a part of that is taken to go through it.
     """
-    repeated = code.loops[0] * (_rounds(launch) - 1) if code.loops else 0
-    return (code.instructions + repeated) * launch.programs * launch.num_warps * 32 / values
+    repeated = code.loops[0] * (_rounds(launch) - launch.programs) if code.loops else 0
+    return (code.instructions * launch.programs + repeated) * launch.num_warps * 32 / values
 
 
 def _rounds(launch: Launch) -> int:
-    """How often a program runs through its loop over the data."""
+    """How often all programs together run through their loop over the data; the parts of planes share it."""
     argument = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    constants = launch.constants
     if kernel_name(launch) == 'moments':
-        return argument['rounds_per_part']
-    return tiling.ceil_div(argument['tiles_per_part'], launch.constants['BLOCK_Q'])
+        pixels = argument['pixel_groups'] * constants['VECTOR']
+        rounds = tiling.ceil_div(pixels, constants['UNROLL'] * constants['BLOCK_X'])
+    else:
+        rows, columns = (
+            tiling.ceil_div(argument[size], constants[of_tile])
+            for size, of_tile in (('height', 'ROWS'), ('width', 'COLUMNS'))
+        )
+        rounds = tiling.ceil_div(rows * columns, constants['BLOCK_Q'])
+    return launch.programs // argument['parts'] * rounds

@@ -76,6 +76,12 @@ class RecordedCalls:
     def __len__(self) -> int:
         return sum(len(each.calls) for each in self._by_owner.values())
 
+    def may_run_again(self) -> bool:
+        """Whether this forward is one that runs again, or may be: there is more to know of it then than its output."""
+        if is_backward_running():
+            return len(self._by_owner) > 0
+        return _top_hooks() is not None or _inside_function()
+
     def record(self, call: Call) -> None:
         """Keep a call if it may run again. Never waits for the device."""
         if torch.compiler.is_compiling():
@@ -109,6 +115,15 @@ class RecordedCalls:
         return recorded.calls[recorded.position - 1] if recorded.position <= len(recorded.calls) else None
 
 
+# torch 2.7. Before, hooks of other libraries are not seen; the checkpoints of torch are found on the stack.
+_KNOWS_HOOKS = hasattr(torch._C._autograd, '_top_saved_tensors_default_hooks')
+
+
+def _top_hooks() -> Any:
+    """The saved-tensor hooks at work, a pair; None where there are none."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) if _KNOWS_HOOKS else None
+
+
 def is_backward_running() -> bool:
     """Whether this thread runs a backward, in which alone a forward can be a repetition."""
     return torch._C._current_graph_task_id() != -1
@@ -131,9 +146,9 @@ def _(like: Tensor) -> Tensor:
 
 def _owners() -> list[Any]:
     """What may run this forward again; most often nothing."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = _top_hooks()
     is_inside = _inside_function()
-    if hooks is None and not is_inside:
+    if hooks is None and not is_inside and _KNOWS_HOOKS:
         return []
     owners = _contexts('forward') if is_inside else []
     owners += _frames_of_checkpoints()
@@ -148,7 +163,7 @@ def _owners() -> list[Any]:
 
 def _repeating() -> Iterator[Any]:
     """What may be running this forward again, the innermost first."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = _top_hooks()
     if hooks is not None:
         frames = (each() for each in _cells(hooks[0]) if isinstance(each, weakref.ref))
         yield from (frame for frame in frames if _is_frame(frame))

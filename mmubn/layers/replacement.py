@@ -55,6 +55,8 @@ def _check_replacement(parent: nn.Module, name: str, new: nn.Module | None) -> n
     if not isinstance(old, UnifiedNorm) or isinstance(new, UnifiedNorm) or not _is_made_from(new, old):
         return None
     if isinstance(old, SyncUBN) and isinstance(new, nn.SyncBatchNorm):
+        if new.process_group is not None:
+            old.process_group = new.process_group
         return old
     kind = type(old).__name__
     error = (

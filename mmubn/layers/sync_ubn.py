@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from typing import TYPE_CHECKING, Any
+
 import torch
-from torch import Tensor
 from torch import distributed as dist
 
-from mmubn import functional
+from mmubn.layers.arguments import require
 from mmubn.layers.ubn import UBN
-from mmubn.ops import Backend, BatchStatistics, Decision, Form, Gate, Moments, Parameters, Similarity
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ['SyncUBN']
 
@@ -25,49 +29,77 @@ class SyncUBN(UBN):
     themselves to travel, and their sizes differ where each process pads its own images.) So every process takes the
     same decision and moves the same running statistics. One collective per forward (2 C + 3 numbers from each process)
     and one per backward (2 C numbers), whatever the gate says and whatever the process's batch: it may be of another
-    size than the others', or empty.
+    size than the others', or empty. The host waits for neither, nor for the GPU.
 
-    In evaluation, and outside distributed training, this is :class:`~mmubn.layers.UBN`: same arguments, same state
-    dict. Gradients are those of the sum of the processes' losses, as in ``nn.SyncBatchNorm``.
+    In evaluation, outside distributed training and in a group of one process, this is :class:`~mmubn.layers.UBN`: same
+    arguments, same state dict. Gradients are those of the sum of the processes' losses, as in ``nn.SyncBatchNorm``.
+
+    Args:
+        process_group: The processes whose samples are one batch, as in ``nn.SyncBatchNorm``: a group of
+            ``torch.distributed.new_group`` that this process is in. None: all processes. It is no part of the state
+            dict; a copy of the layer is in the same group.
+        num_features, eps, momentum, affine, track_running_stats, device, dtype, threshold, similarity_momentum,
+            similarity_samples, centering, scaling, kernel_size, calibrate_bias: As in UBN.
 
     Raises:
-        ValueError: As UBN, but a single value per channel is an error only where no other process adds to it.
+        ValueError: As UBN, but a single value per channel is an error only where no other process adds to it. For a
+            ``process_group`` that is no group, or one that this process is not in.
     """
 
-    def _synchronizes(self) -> bool:
-        return self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        threshold: float | None = 0.15,
+        similarity_momentum: float = 0.1,
+        similarity_samples: int = 16,
+        centering: bool = True,
+        scaling: bool = True,
+        kernel_size: int = 3,
+        calibrate_bias: bool = False,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            threshold=threshold,
+            similarity_momentum=similarity_momentum,
+            similarity_samples=similarity_samples,
+            centering=centering,
+            scaling=scaling,
+            kernel_size=kernel_size,
+            calibrate_bias=calibrate_bias,
+        )
+        # torch.distributed.new_group returns another object to processes that are not in the group.
+        require(
+            process_group is None or (dist.is_available() and isinstance(process_group, dist.ProcessGroup)),
+            type(self).__name__,
+            'process_group',
+            process_group,
+            'None, or a group of torch.distributed.new_group that this process is in; give each process its own group',
+        )
+        self.process_group = process_group
 
-    def _decide(self, x: Tensor, moments: Moments, backend: Backend, form: Form, parameters: Parameters) -> Decision:
-        if not self._synchronizes():
-            return super()._decide(x, moments, backend, form, parameters)
-        gate, running = self._gate_and_running(x, moments)
-        similarity, batch = self._gather(x, moments, backend, gate)
-        return backend.decide_by(similarity, batch, gate, running)
+    def _processes(self) -> ProcessGroup | None:
+        if not (self.training and dist.is_available() and dist.is_initialized()):
+            return None
+        group = dist.group.WORLD if self.process_group is None else self.process_group
+        return group if dist.get_world_size(group) > 1 else None
 
-    def _gather(
-        self, x: Tensor, moments: Moments, backend: Backend, gate: Gate | Tensor
-    ) -> tuple[Similarity, BatchStatistics]:
-        """The sums of all processes, by one collective. A process without samples adds nothing to them."""
-        a, v = moments
-        count, similarity, statistics = a.new_zeros(1), a.new_zeros(2), a.new_zeros(2, self.num_features)
-        if x.numel() > 0:
-            count.fill_(x.numel() // self.num_features)
-            statistics = torch.stack(functional.batch_statistics(a, v, self.center_weight))
-            if isinstance(gate, Gate):
-                own = backend.similarity_sums(x, moments, gate.max_samples)
-                similarity = torch.stack([own.total, own.total.new_tensor(own.pairs)])
-        gathered = _all_gather(torch.cat([count, similarity, statistics.flatten()]))
-        counts, totals, pairs, means, variances = gathered.split([1, 1, 1, self.num_features, self.num_features], dim=1)
-        # mean = sum_p w_p mean_p and var = sum_p w_p (var_p + (mean_p - mean)^2), w_p the share of the values
-        total_count = counts.sum()
-        shares = counts.flatten() / total_count.clamp_min(1)
-        mean = shares @ means
-        var = shares @ (variances + (means - mean).square())
-        return Similarity(totals.sum(), pairs.sum()), BatchStatistics(mean, var, total_count)
-
-
-def _all_gather(vector: Tensor) -> Tensor:
-    """The vectors of all processes, (processes, len(vector))."""
-    gathered = vector.new_empty(dist.get_world_size(), vector.numel())
-    dist.all_gather(list(gathered.unbind(0)), vector)
-    return gathered
+    def __deepcopy__(self, memo: dict[int, Any]) -> SyncUBN:
+        """With the same process group, which cannot be copied."""
+        memo[id(self.process_group)] = self.process_group
+        memo[id(self)] = other = type(self).__new__(type(self))
+        other.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return other

@@ -8,7 +8,7 @@ from torch import Tensor
 from mmubn import functional
 from mmubn.layers.arguments import is_int, is_number, require
 from mmubn.layers.unified_norm import UnifiedNorm
-from mmubn.ops import Gate, Moments
+from mmubn.ops import Gate
 
 __all__ = ['UBN']
 
@@ -136,10 +136,10 @@ class UBN(UnifiedNorm):
         """Whether the similarity decides: not without a threshold, and not while a tool re-estimates the statistics."""
         return self.threshold is not None and self.momentum is not None and self.momentum < 1
 
-    def _gate(self, x: Tensor, moments: Moments) -> Gate | Tensor:
+    def _own_gate(self, x: Tensor) -> Gate | Tensor:
         if self.threshold is None or not self._gate_acts() or not self._has_running_statistics():
-            return super()._gate(x, moments)
-        tau = self.running_similarity
+            return super()._own_gate(x)
+        tau = self._own('running_similarity')
         if tau is None or tau.dim() != 0:
             received = None if tau is None else tuple(tau.shape)
             raise ValueError(f'{type(self).__name__}: running_similarity must have shape (), got {received}.')

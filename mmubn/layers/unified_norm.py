@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,10 @@ from mmubn.layers.loading import convert_entries, read_overlay
 from mmubn.layers.recomputation import Call, RecordedCalls, is_recomputation
 from mmubn.layers.tracing import node_in_trace
 from mmubn.layers.unfoldable_eps import UnfoldableEps
-from mmubn.ops import Backend, Decision, Form, Gate, Moments, Parameters, Running, Statistics
+from mmubn.ops import Backend, Buffers, Decision, Form, Gate, Moments, Parameters, Running, Statistics
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ['UnifiedNorm']
 
@@ -186,9 +189,7 @@ class UnifiedNorm(nn.BatchNorm2d):
             x = x.reshape(0, self.num_features, 1, 1)
         elif x.dim() == 2:
             x = x[..., None, None]
-        # Autocast would run the convolution in half precision; the mixed precision here is float32 inside.
-        with functional.without_autocast(x.device.type):
-            y = self._normalize(x)
+        y = self._normalize(x)
         return self.drop_and_act(y if y.shape == shape else y.reshape(shape))
 
     def drop_and_act(self, y: Tensor) -> Tensor:
@@ -205,23 +206,52 @@ class UnifiedNorm(nn.BatchNorm2d):
         is_traced = torch.jit.is_tracing()
         is_differentiated = torch.is_grad_enabled() and not is_traced
         form = Form(self._eps, self.scaling, self.calibrate_bias, self.kernel_size)
+        parameters = self._own_parameters()
         if not is_traced:
-            self._check_shapes()
-        parameters = Parameters(
-            self.weight, self.bias, self.neighbor_weight, self.center_weight, self.scale_weight, self.scale_bias
-        )
-        with torch.no_grad():
-            # Statistics have no gradient of any kind: no_grad is for the backward alone.
-            transformed = ops.is_transformed()
-            data, fixed = (x.detach(), parameters.detach()) if transformed else (x, parameters)
-            if self._uses_batch() and (x.numel() > 0 or self._synchronizes()):
-                statistics = self._batch_statistics(data, backend, form, fixed)
-            else:
-                statistics = self._running_statistics(data, backend, with_copies=is_differentiated)
-        return ops.rectified_norm(backend, x, statistics, form, parameters)
+            self._check_shapes(parameters)
+        x = backend.dense(x)
+        if backend.replays and (y := self._replay(x, backend, form, parameters)) is not None:
+            return y
+        # Autocast would run the convolution in half precision; the mixed precision here is float32 inside.
+        with functional.without_autocast(x.device.type):
+            with torch.no_grad():
+                # Statistics have no gradient of any kind: no_grad is for the backward alone.
+                transformed = ops.is_transformed()
+                data, fixed = (x.detach(), parameters.detach()) if transformed else (x, parameters)
+                if self._uses_batch() and (x.numel() > 0 or self._processes() is not None):
+                    statistics = self._batch_statistics(data, backend, form, fixed)
+                else:
+                    statistics = self._running_statistics(data, backend, form, fixed, is_differentiated)
+            return ops.rectified_norm(backend, x, statistics, form, parameters)
+
+    def _own(self, name: str) -> Any:
+        """A parameter or a buffer. From its dict, since an attribute of a module takes the host ten times as long."""
+        for tensors in (self._parameters, self._buffers):
+            if name in tensors:
+                return tensors[name]
+        return getattr(self, name, None)  # a parametrized one, or none at all
+
+    def _own_parameters(self) -> Parameters:
+        return Parameters(*map(self._own, Parameters._fields))
+
+    def _replay(self, x: Tensor, backend: Backend, form: Form, parameters: Parameters) -> Tensor | None:
+        """The output by launches like those of an earlier step; None where there is more to do than to launch."""
+        kind = type(self)
+        if torch.compiler.is_compiling() or x.numel() == 0 or self._calls.may_run_again():
+            return None
+        gate, moves = None, False
+        if not self._uses_batch():
+            running = Running(*self._running_mean_and_var(x), 0.0)
+        elif kind._gate is UnifiedNorm._gate and kind._decide is UnifiedNorm._decide and self._processes() is None:
+            gate = self._own_gate(x)
+            running, moves = self._running(x, gate), self._moves()
+        else:
+            return None
+        count = self._own('num_batches_tracked')
+        return ops.replayed_norm(backend, form, ops.Forward(x, parameters, gate, running, moves, count))
 
     def _has_running_statistics(self) -> bool:
-        return self.running_mean is not None or self.running_var is not None
+        return self._own('running_mean') is not None or self._own('running_var') is not None
 
     def _uses_batch(self) -> bool:
         """Whether the batch's statistics may normalise: in training, and where there are no others, as in BatchNorm."""
@@ -231,23 +261,21 @@ class UnifiedNorm(nn.BatchNorm2d):
         """Whether a training forward moves the buffers."""
         return self.training and self.track_running_stats and self.momentum != 0 and self._has_running_statistics()
 
-    def _running_statistics(self, x: Tensor, backend: Backend, with_copies: bool) -> Statistics:
+    def _running_statistics(
+        self, x: Tensor, backend: Backend, form: Form, parameters: Parameters, with_copies: bool
+    ) -> Statistics:
         """The running statistics, and the moments of x that the coefficients depend on."""
-        a = v = None
-        dtype = functional.statistics_dtype(x)
-        if self.scaling == 'unitized' or x.numel() == 0:
-            a, v = self._moments(x, backend)
-        elif self.centering or self.scaling is not None:
-            a = backend.instance_means(x)
-        # Copies: an update of the buffers by a later call must not change what this call's backward reads.
-        running_mean, running_var = self._running_mean_and_var(x)
-        mean, var = (buffer.to(dtype, copy=with_copies) for buffer in (running_mean, running_var))
-        return Statistics(a, v, mean, var)
+        mean, var = self._running_mean_and_var(x)
+        if x.numel() == 0:
+            dtype = functional.statistics_dtype(x)
+            return Statistics(*self._moments(x, backend), mean.to(dtype), var.to(dtype))
+        return backend.running_statistics(x, form, parameters, Running(mean, var, 0.0), with_copies)
 
     def _running_mean_and_var(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The buffers, or, where there are none, their initial values."""
-        if self.running_mean is not None and self.running_var is not None:
-            return self.running_mean, self.running_var
+        running_mean, running_var = self._own('running_mean'), self._own('running_var')
+        if running_mean is not None and running_var is not None:
+            return running_mean, running_var
         mean = x.new_zeros(self.num_features, dtype=functional.statistics_dtype(x))
         return mean, torch.ones_like(mean)
 
@@ -265,19 +293,17 @@ class UnifiedNorm(nn.BatchNorm2d):
         if call is None:
             decision = self._decide(x, moments, backend, form, parameters)
             if self._moves():
-                self._move(decision, self._moves_in_compiled_graph(moments))
+                self._move(decision, backend, self._moves_in_compiled_graph(moments))
             call = Call(*moments, decision.mean, decision.var, decision.condensed, decision.num_values)
             coefficients = decision.coefficients
             self._calls.record(call)
         a, v = moments
-        return Statistics(
-            a, v, call.mean, call.var, call.condensed, call.num_values, self._synchronizes(), coefficients
-        )
+        return Statistics(a, v, call.mean, call.var, call.condensed, call.num_values, self._processes(), coefficients)
 
     def _decide(self, x: Tensor, moments: Moments, backend: Backend, form: Form, parameters: Parameters) -> Decision:
         """What the gate and the statistics of a training batch come to."""
         gate, running = self._gate_and_running(x, moments)
-        return backend.decide(x, moments, gate, form, parameters, running)
+        return backend.decide(x, moments, gate, form, parameters, running, self._processes())
 
     def _gate_and_running(self, x: Tensor, moments: Moments) -> tuple[Gate | Tensor, Running]:
         gate = self._gate(x, moments)
@@ -300,6 +326,10 @@ class UnifiedNorm(nn.BatchNorm2d):
 
         A 0-d bool, or the :class:`~mmubn.ops.Gate` that decides by the similarity of the batch.
         """
+        return self._own_gate(x)
+
+    def _own_gate(self, x: Tensor) -> Gate | Tensor:
+        """:meth:`_gate` of the types here, none of which looks at the moments."""
         return torch.ones((), dtype=torch.bool, device=x.device)
 
     def _running(self, x: Tensor, gate: Gate | Tensor) -> Running:
@@ -312,28 +342,25 @@ class UnifiedNorm(nn.BatchNorm2d):
             momentum = 0.0 if count is None else 1 / (count + gate).to(var.dtype)
         return Running(mean, var, momentum)
 
-    def _move(self, decision: Decision, moves: Tensor | None) -> None:
+    def _move(self, decision: Decision, backend: Backend, moves: Tensor | None) -> None:
         """Write the new buffers, in place: DDP, EMA and CUDA graphs hold references to them."""
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        buffers = [self.running_mean, self.running_var]
-        values = [decision.running_mean, decision.running_var]
-        if decision.running_similarity is not None and self.running_similarity is not None:
-            # By a view of shape (1,): torch.compile (2.12) loses an in-place update of a 0-d float64 buffer.
-            buffers.append(self.running_similarity.view(1))
-            values.append(decision.running_similarity.view(1))
+        moved = Buffers(*map(self._own, ('running_mean', 'running_var', 'running_similarity', 'num_batches_tracked')))
+        if moves is not None:
+            decision = decision._replace(condensed=decision.condensed & moves)
         if ops.is_transformed():
-            self._move_in_transform(buffers, values)
+            self._move_in_transform(decision, moved)
         else:
-            torch._foreach_copy_(buffers, values)
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(decision.condensed if moves is None else decision.condensed & moves)
+            backend.move(decision, moved)
 
-    def _move_in_transform(self, buffers: list[Tensor], values: list[Tensor]) -> None:
+    def _move_in_transform(self, decision: Decision, moved: Buffers) -> None:
         """One by one: torch.func has no rule for the other. What it refuses to a BatchNorm it refuses here."""
+        values = decision.running_mean, decision.running_var, decision.running_similarity
         try:
-            for buffer, value in zip(buffers, values, strict=True):
-                buffer.copy_(value)
+            for buffer, value in zip(moved, values, strict=False):
+                if buffer is not None and value is not None:
+                    buffer.copy_(value)
+            if moved.num_batches is not None:
+                moved.num_batches.add_(decision.condensed)
         except RuntimeError as error:
             raise RuntimeError(
                 f'{type(self).__name__} in training moves its running statistics in place, which a transform of '
@@ -342,50 +369,36 @@ class UnifiedNorm(nn.BatchNorm2d):
                 'after which there are none.'
             ) from error
 
-    def _synchronizes(self) -> bool:
-        """Whether the batch is that of several processes."""
-        return False
+    def _processes(self) -> ProcessGroup | None:
+        """The processes whose inputs are one batch; None where the input of this one is."""
+        return None
 
-    def _check_shapes(self) -> None:
+    def _check_shapes(self, parameters: Parameters) -> None:
         """Raise a ValueError for a tensor that was replaced by one of another length; kernels would read beyond it."""
         vector = (self.num_features,)
-        taps = (self.num_features * (self.kernel_size**2 - 1),) if self.kernel_size > 1 else None
-        center = vector if self.centering else None
-        scale = vector if self.scaling is not None else None
-        scale_bias = vector if self.scaling in INITIAL_SCALE_BIAS else None
-        mean, var = self._buffers.get('running_mean'), self._buffers.get('running_var')
-        running = None if mean is None and var is None else vector
-        # One expression, since a loop over names takes the host longer than some kernels take the device.
-        if (
-            _has_shape(self.weight, vector)
-            and _has_shape(self.bias, vector)
-            and _has_shape(self.neighbor_weight, taps)
-            and _has_shape(self.center_weight, center)
-            and _has_shape(self.scale_weight, scale)
-            and _has_shape(self.scale_bias, scale_bias)
-            and _has_shape(mean, running)
-            and _has_shape(var, running)
-        ):
+        scale = None if self.scaling is None else vector
+        running = vector if self._has_running_statistics() else None
+        expected = (
+            vector,
+            vector,
+            (self.num_features * (self.kernel_size**2 - 1),) if self.kernel_size > 1 else None,
+            vector if self.centering else None,
+            scale,
+            scale if self.scaling in INITIAL_SCALE_BIAS else None,
+            running,
+            running,
+        )
+        tensors = (*parameters, self._own('running_mean'), self._own('running_var'))
+        received = tuple([None if tensor is None else tensor.shape for tensor in tensors])
+        if received == expected:
             return
-        expected = {
-            'weight': vector,
-            'bias': vector,
-            'neighbor_weight': taps,
-            'center_weight': center,
-            'scale_weight': scale,
-            'scale_bias': scale_bias,
-            'running_mean': running,
-            'running_var': running,
-        }
-        for name, shape in expected.items():
-            tensor = getattr(self, name)
-            if not _has_shape(tensor, shape):
-                received = None if tensor is None else tuple(tensor.shape)
-                raise ValueError(
-                    f'{type(self).__name__}: {name} must have shape {shape}, got {received}; this layer has '
-                    f'num_features={self.num_features} and kernel_size={self.kernel_size}: choose channels with '
-                    'layer.select_channels(index), which takes all its tensors along.'
-                )
+        names = (*Parameters._fields, 'running_mean', 'running_var')
+        name, found, shape = next(each for each in zip(names, received, expected, strict=True) if each[1] != each[2])
+        raise ValueError(
+            f'{type(self).__name__}: {name} must have shape {shape}, got {None if found is None else tuple(found)}; '
+            f'this layer has num_features={self.num_features} and kernel_size={self.kernel_size}: choose channels with '
+            'layer.select_channels(index), which takes all its tensors along.'
+        )
 
     def _check_input(self, x: Tensor) -> None:
         name, channels = type(self).__name__, self.num_features
@@ -407,7 +420,7 @@ class UnifiedNorm(nn.BatchNorm2d):
                     'torch.ao.quantization.quantize_fx.prepare_fx(mmubn.fold(model.eval()), ...)'
                 )
             raise ValueError(f'{name} expected a floating point input, got {x.dtype}; {advice}.')
-        if x.numel() == channels and self._uses_batch() and not self._synchronizes():
+        if x.numel() == channels and self._uses_batch() and self._processes() is None:
             raise ValueError(
                 f'{name} needs more than 1 value per channel in training, got input of shape {tuple(x.shape)}; '
                 'use a larger batch or call eval() on the layer.'
@@ -431,7 +444,7 @@ class UnifiedNorm(nn.BatchNorm2d):
             ValueError: No channel is left, one is not there, or another library has sliced some of the tensors before.
                 Nothing is changed then.
         """
-        self._check_shapes()
+        self._check_shapes(self._own_parameters())
         channels = self.num_features
         kept = self._channel_numbers(index)
 
@@ -485,11 +498,6 @@ class UnifiedNorm(nn.BatchNorm2d):
 
     def extra_repr(self) -> str:
         arguments = inspect.signature(type(self).__init__).parameters
-        others = ('self', 'num_features', 'device', 'dtype')
+        others = ('self', 'num_features', 'device', 'dtype', 'process_group')
         named = (f'{name}={getattr(self, name)}' for name in arguments if name not in others)
         return ', '.join((str(self.num_features), *named))
-
-
-def _has_shape(tensor: Tensor | None, shape: tuple[int, ...] | None) -> bool:
-    """Whether the tensor has this shape; of None, whether there is no tensor."""
-    return tensor is None if shape is None else tensor is not None and tensor.shape == shape

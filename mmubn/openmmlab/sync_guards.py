@@ -9,6 +9,7 @@ change: see :mod:`mmubn.layers.unfoldable_eps`.)
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 
 from torch import nn
@@ -35,13 +36,15 @@ def guard_mmengine(original: Callable) -> Callable:
 
     Returns:
         A function that raises a RuntimeError, before anything is converted, for a model with a norm of this package
-        that is no SyncUBN, and calls ``original`` for any other.
+        that is no SyncUBN, and calls ``original`` for any other. A SyncUBN takes a process group that is given.
     """
 
     @functools.wraps(original)
     def guard(*args, **kwargs):
         model = next((each for each in (*args, *kwargs.values()) if isinstance(each, nn.Module)), nn.Identity())
         if isinstance(model, SyncUBN):
+            group = inspect.signature(original).bind(*args, **kwargs).arguments.get('process_group')
+            model.process_group = model.process_group if group is None else group
             return model
         for name, layer in model.named_modules():
             if isinstance(layer, UnifiedNorm) and not isinstance(layer, SyncUBN):

@@ -7,14 +7,18 @@
 - :mod:`~mmubn.ops.triton`: ``triton``, kernels for NVIDIA GPUs.
 - :mod:`~mmubn.ops.cpp`: ``cpp``, kernels for the CPU, compiled at their first use.
 - :mod:`~mmubn.ops.autograd`: the gradient by hand, for all but the reference.
-- :mod:`~mmubn.ops.dispatch`: which backend an input gets.
+- :mod:`~mmubn.ops.replayed`: the steps of ``triton``, recorded and repeated, so that they cost the host little.
+- :mod:`~mmubn.ops.plain`, :mod:`~mmubn.ops.first_use`: what has no memory of its own; what is done once on a device.
+- :mod:`~mmubn.ops.dispatch`: which backend an input gets, and the switch.
 """
 
 from mmubn.ops.autograd import rectified_norm
 from mmubn.ops.backend import Backend
 from mmubn.ops.dispatch import backend_info, choose_backend, is_exporting, is_transformed, name_and_reason, use_backend
+from mmubn.ops.replayed import Forward, replayed_norm
 from mmubn.ops.types import (
     BatchStatistics,
+    Buffers,
     Decision,
     Form,
     Gate,
@@ -28,8 +32,10 @@ from mmubn.ops.types import (
 __all__ = [
     'Backend',
     'BatchStatistics',
+    'Buffers',
     'Decision',
     'Form',
+    'Forward',
     'Gate',
     'Moments',
     'Parameters',
@@ -42,5 +48,6 @@ __all__ = [
     'is_transformed',
     'name_and_reason',
     'rectified_norm',
+    'replayed_norm',
     'use_backend',
 ]

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmubn import functional
 from mmubn.ops.backend import Backend
+from mmubn.ops.processes import SECOND_DERIVATIVE, all_reduce
 from mmubn.ops.reference import ReferenceBackend, reference_norm
-from mmubn.ops.types import Coefficients, Form, Gradients, Parameters, Statistics, Taps, TapSums
+from mmubn.ops.types import Coefficients, Form, Gradients, Parameters, Statistics, Taps
 
-__all__ = ['RectifiedNorm', 'rectified_norm']
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = [
+    'RectifiedNorm',
+    'Saved',
+    'backward',
+    'differentiable_backward',
+    'forward',
+    'is_batched',
+    'rectified_norm',
+]
 
 
 class Batch(NamedTuple):
     """What the statistics say besides the tensors that autograd must see."""
 
     num_values: int | Tensor
-    synchronized: bool
+    processes: ProcessGroup | None
     coefficients: Coefficients | None = None
 
 
@@ -49,9 +61,9 @@ def rectified_norm(backend: Backend, x: Tensor, statistics: Statistics, form: Fo
     if isinstance(backend, ReferenceBackend):
         return reference_norm(x, statistics, form, parameters)
     if not torch.is_grad_enabled():
-        return _forward(backend, x, statistics, form, parameters)[0]
+        return forward(backend, x, statistics, form, parameters)[0]
     s = statistics
-    batch = Batch(s.num_values, s.synchronized, s.coefficients)
+    batch = Batch(s.num_values, s.processes, s.coefficients)
     return RectifiedNorm.apply(backend, form, batch, x, *parameters, s.a, s.v, s.mean, s.var, s.condensed)
 
 
@@ -78,23 +90,23 @@ class RectifiedNorm(torch.autograd.Function):
         condensed: Tensor | None,
     ) -> Tensor:
         parameters = Parameters(weight, bias, neighbor_weight, center_weight, scale_weight, scale_bias)
-        statistics = Statistics(a, v, mean, var, condensed, batch.num_values, batch.synchronized, batch.coefficients)
-        y, coefficients, kernel = _forward(backend, x, statistics, form, parameters)
+        statistics = Statistics(a, v, mean, var, condensed, batch.num_values, batch.processes, batch.coefficients)
+        y, coefficients, kernel = forward(backend, x, statistics, form, parameters)
         ctx.backend, ctx.form = backend, form
-        ctx.num_values, ctx.synchronized = batch.num_values, batch.synchronized
+        ctx.num_values, ctx.processes = batch.num_values, batch.processes
         ctx.save_for_backward(*pack(Saved(x, parameters, statistics, coefficients, kernel)))
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        saved = unpack(ctx.saved_tensors, ctx.num_values, ctx.synchronized)
+        saved = unpack(ctx.saved_tensors, ctx.num_values, ctx.processes)
         with functional.without_autocast(dy.device.type):
             # By plain operators, too, where gradients are batched.
-            if torch.is_grad_enabled() or _is_batched(dy):
-                dx, gradients = _differentiable_backward(dy, saved, ctx.form)
+            if torch.is_grad_enabled() or is_batched(dy):
+                dx, gradients = differentiable_backward(dy, saved, ctx.form)
             else:
                 _, _, _, wants_dx, *_ = ctx.needs_input_grad
-                dx, gradients = _backward(ctx.backend, dy, saved, ctx.form, wants_dx)
+                dx, gradients = backward(ctx.backend, dy, saved, ctx.form, wants_dx)
         # In the order of forward's arguments; none for what is no tensor, and for the statistics.
         return None, None, None, dx, *gradients, None, None, None, None, None
 
@@ -105,20 +117,20 @@ def pack(saved: Saved) -> tuple[Tensor | None, ...]:
     return (saved.x, *saved.parameters, s.a, s.v, s.mean, s.var, s.condensed, *saved.coefficients, saved.kernel)
 
 
-def unpack(tensors: tuple[Any, ...], num_values: int | Tensor, synchronized: bool) -> Saved:
+def unpack(tensors: tuple[Any, ...], num_values: int | Tensor, processes: ProcessGroup | None) -> Saved:
     """What :func:`pack` packed."""
     x, weight, bias, neighbor_weight, center_weight, scale_weight, scale_bias, *others = tensors
     a, v, mean, var, condensed, center, scale, factor, kernel = others
     return Saved(
         x,
         Parameters(weight, bias, neighbor_weight, center_weight, scale_weight, scale_bias),
-        Statistics(a, v, mean, var, condensed, num_values, synchronized),
+        Statistics(a, v, mean, var, condensed, num_values, processes),
         Coefficients(center, scale, factor),
         kernel,
     )
 
 
-def _forward(
+def forward(
     backend: Backend, x: Tensor, statistics: Statistics, form: Form, parameters: Parameters
 ) -> tuple[Tensor, Coefficients, Tensor | None]:
     """The output, and what the backward needs of the way to it."""
@@ -136,21 +148,19 @@ def _forward(
     return y, coefficients, taps.kernel
 
 
-def _backward(
-    backend: Backend, dy: Tensor, saved: Saved, form: Form, wants_dx: bool
-) -> tuple[Tensor | None, Gradients]:
+def backward(backend: Backend, dy: Tensor, saved: Saved, form: Form, wants_dx: bool) -> tuple[Tensor | None, Gradients]:
     """The gradient of x, if it is wanted, and those of the parameters."""
     x, own_parameters, statistics, coefficients, kernel = saved
+    if x.numel() == 0:
+        if statistics.processes is not None:
+            # The others wait for what this process adds to their sums: nothing.
+            all_reduce(statistics.mean.new_zeros(2, len(statistics.mean)), statistics.processes)
+        zeros: list[Any] = [None if tensor is None else torch.zeros_like(tensor) for tensor in own_parameters]
+        return torch.zeros_like(x), Gradients(*zeros)
     parameters = own_parameters.by_channel()
     pixels = x.shape[2] * x.shape[3]
-    if x.numel() == 0:
-        taps = Backend.taps(backend, parameters, coefficients.scale.dtype)
-        empty = coefficients.scale.new_zeros((0, len(parameters.weight), form.kernel_size**2))
-        _, gradients = Backend.coefficients_backward(
-            backend, TapSums(empty, empty), statistics, form, parameters, taps, coefficients, pixels
-        )
-        return torch.zeros_like(x), _in_shape(gradients, own_parameters)
     taps = Taps(parameters.weight, parameters.neighbor_weight, kernel)
+    dy = backend.dense(dy, like=x)
     tap_sums = backend.tap_sums(dy, x, coefficients.center, form.kernel_size)
     of_input, gradients = backend.coefficients_backward(
         tap_sums, statistics, form, parameters, taps, coefficients, pixels
@@ -162,7 +172,7 @@ def _backward(
     return dx.to(x.dtype), gradients
 
 
-def _is_batched(dy: Tensor) -> bool:
+def is_batched(dy: Tensor) -> bool:
     """Whether a vmap is over the backward: that of torch.func, or the older one of ``is_grads_batched``."""
     if torch.compiler.is_compiling():
         return False
@@ -176,12 +186,10 @@ def _in_shape(gradients: Gradients, parameters: Parameters) -> Gradients:
     return gradients._replace(neighbor_weight=gradients.neighbor_weight.reshape(parameters.neighbor_weight.shape))
 
 
-def _differentiable_backward(dy: Tensor, saved: Saved, form: Form) -> tuple[Tensor | None, Gradients]:
+def differentiable_backward(dy: Tensor, saved: Saved, form: Form) -> tuple[Tensor | None, Gradients]:
     """The gradients with a graph of their own, for a second derivative: those of the reference."""
-    if saved.statistics.synchronized:
-        raise NotImplementedError(
-            'SyncUBN has no second derivative across processes: use UBN where create_graph=True is needed.'
-        )
+    if saved.statistics.processes is not None:
+        raise NotImplementedError(SECOND_DERIVATIVE)
     inputs = [saved.x, *saved.parameters]
     wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
     create_graph = torch.is_grad_enabled()

@@ -11,13 +11,16 @@ of the size of x is in the statistics dtype (:mod:`mmubn.ops.types`).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from mmubn import functional
+from mmubn.ops.processes import AllReduce, all_gather, merge, own_part, part_length
 from mmubn.ops.types import (
     BatchStatistics,
+    Buffers,
     Coefficients,
     Decision,
     Form,
@@ -33,7 +36,10 @@ from mmubn.ops.types import (
     TapSums,
 )
 
-__all__ = ['Backend']
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ['Backend', 'center_has_gradient']
 
 
 class Backend:
@@ -45,6 +51,7 @@ class Backend:
     """
 
     name: str
+    replays = False  # whether its steps do nothing but launch kernels, see mmubn.ops.replayed
 
     # --- may it be used -----------------------------------------------------------------------------------------------
 
@@ -55,11 +62,18 @@ class Backend:
         """
         return None
 
-    def prepare(self) -> str | None:
-        """Do once what a first use needs, such as compiling. Return why that failed, or None."""
+    def prepare(self, device: torch.device) -> str | None:
+        """Do what a first use on a device needs, such as compiling, once. Return why that failed, or None.
+
+        After a failure :meth:`problem` says the same of every input on the device.
+        """
         return None
 
     # --- forward ------------------------------------------------------------------------------------------------------
+
+    def dense(self, x: Tensor, like: Tensor | None = None) -> Tensor:
+        """x, or its gradient ``like`` it, in memory that the passes can read: one copy for all of them."""
+        return x
 
     def instance_means(self, x: Tensor) -> Tensor:
         """:func:`mmubn.functional.instance_means`: (N, C)."""
@@ -84,20 +98,27 @@ class Backend:
         form: Form,
         parameters: Parameters,
         running: Running,
+        processes: ProcessGroup | None = None,
     ) -> Decision:
-        """Similarity, gate and statistics of a training batch of this process.
+        """Similarity, gate and statistics of a training batch.
 
         Args:
-            x: Input, (N, C, H, W), with elements.
+            x: Input, (N, C, H, W), with elements; with ``processes`` it may have none.
             moments: Those of x.
             gate: The gate that decides by the similarity of x, or the decision itself, a 0-d bool.
             form: Of the layer.
             parameters: Of the layer.
             running: Of the layer; not written to.
+            processes: Whose inputs are the batch, by one collective. None: x is.
         """
+        if processes is not None and x.numel() == 0:
+            part = moments.a.new_zeros(part_length(x.shape[1]))
+            return self.decide_by(*merge(all_gather(part, processes)), gate, running)
         similarity = self.similarity_sums(x, moments, gate.max_samples) if isinstance(gate, Gate) else None
         mean, var = functional.batch_statistics(moments.a, moments.v, parameters.center_weight)
         batch = BatchStatistics(mean, var, x.numel() // x.shape[1])
+        if processes is not None:
+            similarity, batch = merge(all_gather(own_part(similarity, batch), processes))
         return self.decide_by(similarity, batch, gate, running)
 
     def decide_by(
@@ -124,6 +145,41 @@ class Backend:
         mean_similarity = similarity.total / similarity.pairs
         tau = functional.update_running_similarity(gate.running_similarity, mean_similarity, gate.momentum)
         return tau, functional.is_condensed(tau, gate.threshold)
+
+    def running_statistics(
+        self, x: Tensor, form: Form, parameters: Parameters, running: Running, with_copies: bool
+    ) -> Statistics:
+        """The running statistics, and the moments of x that the coefficients depend on.
+
+        Args:
+            x: Input, (N, C, H, W), with elements.
+            form, parameters, running: Of the layer.
+            with_copies: Whether they are to stay when the buffers move: a later call must not change what the backward
+                of this one reads.
+        """
+        a = v = None
+        if form.scaling == 'unitized':
+            a, v = self.instance_moments(x)
+        elif parameters.center_weight is not None or form.scaling is not None:
+            a = self.instance_means(x)
+        dtype = functional.statistics_dtype(x)
+        mean, var = self.copies(running, dtype) if with_copies else (running.mean.to(dtype), running.var.to(dtype))
+        return Statistics(a, v, mean, var)
+
+    def copies(self, running: Running, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The running mean and variance in other memory."""
+        return running.mean.to(dtype, copy=True), running.var.to(dtype, copy=True)
+
+    def move(self, decision: Decision, buffers: Buffers) -> None:
+        """Write what becomes of the buffers, in place: DDP, EMA and CUDA graphs hold references to them."""
+        moved, values = [buffers.mean, buffers.var], [decision.running_mean, decision.running_var]
+        if decision.running_similarity is not None and buffers.similarity is not None:
+            # By a view of shape (1,): torch.compile (2.12) loses an in-place update of a 0-d float64 buffer.
+            moved.append(buffers.similarity.view(1))
+            values.append(decision.running_similarity.view(1))
+        torch._foreach_copy_(moved, values)
+        if buffers.num_batches is not None:
+            buffers.num_batches.add_(decision.condensed)
 
     def coefficients(self, statistics: Statistics, form: Form, parameters: Parameters, pixels: int) -> Coefficients:
         """:func:`mmubn.functional.coefficients`; ``pixels`` is H * W."""
@@ -196,83 +252,106 @@ class Backend:
         center, scale, r = coefficients
         kernel = taps.kernel if taps.kernel is not None else Backend.taps(self, parameters, scale.dtype).kernel
         assert kernel is not None
-        inv_std = torch.rsqrt(var + form.eps)
         tap_values = kernel.flatten(1)
-        d_taps = (scale[..., None] * tap_sums.products).sum(0)
-        d_scale = (tap_sums.products * tap_values).sum(2)
-        d_center = -scale * (tap_sums.sums * tap_values).sum(2)
         d_bias = tap_sums.sums[..., tap_values.shape[1] // 2]
+        is_batch = statistics.condensed is not None
+        d_scale = inv_std = None
+        if is_batch or r is not None:
+            d_scale, inv_std = _over_taps(tap_sums.products, tap_values), torch.rsqrt(var + form.eps)
 
         # scale = r inv_std, and r as form.scaling says.
-        d_inv_std = (d_scale if r is None else d_scale * r).sum(0)
         d_a: Tensor | None = None
         d_v: Tensor | None = None
-        d_scale_weight = d_scale_bias = None
+        d_scale_weight = d_scale_bias = None  # as d_bias, of each sample: summed at the end
+        by_sample = d_scale  # the gradient of inv_std
         if r is not None:
             assert a is not None
+            assert d_scale is not None
+            assert inv_std is not None
             assert parameters.scale_weight is not None
+            by_sample = d_scale * r if is_batch else None
             d_r = d_scale * inv_std
             if form.calibrate_bias:
-                d_r, d_bias = d_r + d_bias * parameters.bias, d_bias * r
+                d_r, d_bias = torch.addcmul(d_r, d_bias, parameters.bias), d_bias * r
             if form.scaling == 'unitized':
                 assert v is not None
                 deviation = a - center
-                squares = v + deviation.square()
-                root = torch.rsqrt((squares * inv_std.square()).sum(1, keepdim=True) / pixels + form.eps)
-                d_scale_weight = (d_r * (root - 1)).sum(0)
+                squares = torch.addcmul(v, deviation, deviation)
+                inv_var = inv_std.square()
+                root = torch.rsqrt((squares * inv_var).sum(1, keepdim=True) / pixels + form.eps)
+                d_scale_weight = d_r * (root - 1)
                 d_root = (d_r * parameters.scale_weight).sum(1, keepdim=True)
-                d_v = -0.5 / pixels * root**3 * d_root * inv_std.square()
-                d_inv_std = d_inv_std + 2 * (d_v * squares).sum(0) / inv_std
+                d_v = -0.5 / pixels * root**3 * d_root * inv_var
+                if by_sample is not None:
+                    by_sample = torch.addcdiv(by_sample, d_v * squares, inv_std, value=2)
                 d_a = 2 * d_v * deviation
-                d_center = d_center - d_a
             else:
-                d_logit = d_r * r * (1 - r)
-                pooled = (a - center) * inv_std if form.scaling == 'rectified' else a
-                d_scale_weight, d_scale_bias = (d_logit * pooled).sum(0), d_logit.sum(0)
-                d_a = d_logit * parameters.scale_weight
+                d_logit = torch.ops.aten.sigmoid_backward(d_r, r)
+                d_pooled = d_logit * parameters.scale_weight
                 if form.scaling == 'rectified':
-                    d_inv_std = d_inv_std + (d_a * (a - center)).sum(0)
-                    d_a = d_a * inv_std
-                    d_center = d_center - d_a
+                    deviation = a - center
+                    pooled, d_a = deviation * inv_std, d_pooled * inv_std
+                    if by_sample is not None:
+                        by_sample = torch.addcmul(by_sample, d_pooled, deviation)
+                else:
+                    pooled, d_a = a, d_pooled
+                d_scale_weight, d_scale_bias = d_logit * pooled, d_logit
+
+        # x - center is what the convolution takes, and a - center what r depends on.
+        minus_d_center = None
+        if center_has_gradient(statistics, form, parameters):
+            by_taps = _over_taps(tap_sums.sums, tap_values)
+            if d_a is None or form.scaling == 'instance':
+                minus_d_center = scale * by_taps
+            else:
+                minus_d_center = torch.addcmul(d_a, scale, by_taps)
 
         # center = mean - w_m a
-        d_mean, d_center_weight = d_center.sum(0), None
-        if parameters.center_weight is not None:
-            assert a is not None
-            d_center_weight = -(d_center * a).sum(0)
-            through_center = parameters.center_weight * d_center
-            d_a = d_a - through_center if d_a is not None else -through_center
+        of_all = None
+        if is_batch:
+            assert by_sample is not None
+            assert inv_std is not None
+            assert minus_d_center is not None
+            d_mean, d_var = -minus_d_center.sum(0), -0.5 * by_sample.sum(0) * inv_std**3
+            if statistics.processes is not None:
+                of_all = AllReduce(torch.stack([d_mean, d_var]), statistics.processes)
+        # What needs no other process runs beside the collective. (T, C): the centre tap's lie side by side.
+        d_taps = (scale[..., None] * tap_sums.products).transpose(1, 2).sum(0)
 
         # mean = sum_n share m and var = sum_n share (v + (m - mean)^2), with m = (1 + w_m) a
+        w_m = parameters.center_weight
+        d_w_m_a = minus_d_center  # of the product w_m a, in the center and in m
         if statistics.condensed is not None:
             assert a is not None
-            d_var = -0.5 * d_inv_std * inv_std**3
-            if statistics.synchronized:
-                both = torch.stack([d_mean, d_var])
-                dist.all_reduce(both)
-                d_mean, d_var = both
-            share = statistics.condensed.to(a.dtype) * pixels / statistics.num_values
-            # Not rounded to half precision.
-            gain = 1 if parameters.center_weight is None else 1 + parameters.center_weight.to(a.dtype)
-            d_m = share * (d_mean + 2 * d_var * (gain * a - mean))
-            if d_center_weight is not None:
-                d_center_weight = d_center_weight + (d_m * a).sum(0)
-            d_a = gain * d_m if d_a is None else d_a + gain * d_m
+            if of_all is not None:
+                d_mean, d_var = of_all.wait()
+            share = statistics.condensed.to(a.dtype) * (pixels / statistics.num_values)
+            m = a if w_m is None else torch.addcmul(a, w_m, a)
+            d_m = share * torch.addcmul(d_mean, d_var, m - mean, value=2)
+            d_a = d_m if d_a is None else d_a + d_m
             d_v = (share * d_var).expand_as(a) if d_v is None else d_v + share * d_var
+            if w_m is not None:
+                assert minus_d_center is not None
+                d_w_m_a = minus_d_center + d_m
+        d_center_weight = None
+        if w_m is not None:
+            assert a is not None
+            assert d_w_m_a is not None
+            d_center_weight = d_w_m_a * a
+            d_a = w_m * d_w_m_a if d_a is None else torch.addcmul(d_a, w_m, d_w_m_a)
 
         # a and v are means over H and W: the gradient of x gets d_a / HW + 2 d_v (x - a) / HW.
         of_input = InputCoefficients(
             slope=None if d_v is None else 2 / pixels * d_v, offset=None if d_a is None else d_a / pixels
         )
-        return of_input, self._gradients(
-            parameters, d_taps, d_bias.sum(0), d_center_weight, d_scale_weight, d_scale_bias
-        )
+        vectors = _sums_over_samples(d_bias, d_center_weight, d_scale_weight, d_scale_bias)
+        return of_input, self._gradients(parameters, d_taps.T, *vectors)
 
     @staticmethod
     def _gradients(
         parameters: Parameters,
         d_taps: Tensor,
-        d_bias: Tensor,
+        d_bias: Tensor | None,
         d_center_weight: Tensor | None,
         d_scale_weight: Tensor | None,
         d_scale_bias: Tensor | None,
@@ -307,3 +386,21 @@ class Backend:
             (N, C, H, W), in the dtype of x or in the statistics dtype.
         """
         raise NotImplementedError
+
+
+def center_has_gradient(statistics: Statistics, form: Form, parameters: Parameters) -> bool:
+    """Whether anything with a gradient depends on the center, so that ``sums`` of TapSums count for every tap."""
+    depends_on_x = statistics.condensed is not None or parameters.center_weight is not None
+    return depends_on_x or form.scaling in ('rectified', 'unitized')
+
+
+def _over_taps(values: Tensor, taps: Tensor) -> Tensor:
+    """Sum over the taps: (N, C) from (N, C, T) and (C, T)."""
+    return values[..., 0] * taps[:, 0] if taps.shape[1] == 1 else (values * taps).sum(2)
+
+
+def _sums_over_samples(*values: Tensor | None) -> list[Tensor | None]:
+    """(C,) for each (N, C) and None for None, all in one go."""
+    present = [value for value in values if value is not None]
+    sums = iter(torch.stack(present).sum(1) if len(present) > 1 else [value.sum(0) for value in present])
+    return [None if value is None else next(sums) for value in values]

@@ -1,28 +1,45 @@
 """The backend ``torch``: the passes over x in torch's own operators, for what no kernel of ours takes.
 
-Chosen by what they cost on a CPU: ``mean`` reads at the speed of memory where ``var_mean`` is many times slower, and
-a depthwise convolution of the (1, N*C, H, W) view takes another kernel for every sample at no cost, so that scaling by
-(N, C) coefficients needs no pass of its own. Half precision is computed in float32 throughout.
+Two ways, by what they cost (:class:`InPieces` on a CPU, :class:`InOnePass` on any other device), which give the same
+numbers to rounding. Half precision is computed in float32 throughout.
+
+A depthwise convolution of the (1, N*C, H, W) view takes another kernel for every sample at no cost, so that scaling by
+(N, C) coefficients needs no pass of its own.
 
 Shapes: x (N, C, H, W); a, v, center, scale, slope, offset (N, C); kernel (C, 1, k, k); T = k*k taps, row by row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmubn import functional
-from mmubn.ops.backend import Backend
-from mmubn.ops.types import Coefficients, InputCoefficients, Moments, Similarity, Taps, TapSums
+from mmubn.ops.backend import Backend, center_has_gradient
+from mmubn.ops.types import (
+    Coefficients,
+    Form,
+    Gradients,
+    InputCoefficients,
+    Moments,
+    Parameters,
+    Similarity,
+    Statistics,
+    Taps,
+    TapSums,
+)
 
-__all__ = ['TorchBackend', 'dense', 'memory_format']
+__all__ = ['InOnePass', 'InPieces', 'TorchBackend', 'dense', 'memory_format']
 
 PIECE = 2**18  # values: 1 MB in float32
 COLUMNS = 2**20  # of a sample at a time, in the similarity
+# Values that torch's depthwise kernels for a GPU take at once: their offsets are 32-bit integers.
+MOST_VALUES = 2**31 - 1
+# Where torch's reductions read half precision and sum in float32 as they go
+MIXED_REDUCTIONS = ('cuda', 'meta')
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -38,6 +55,62 @@ def dense(x: Tensor) -> Tensor:
 
 class TorchBackend(Backend):
     """torch's operators, on any device."""
+
+    name = 'torch'
+
+    def instance_means(self, x: Tensor) -> Tensor:
+        return _way(x).instance_means(x)
+
+    def instance_moments(self, x: Tensor) -> Moments:
+        return _way(x).instance_moments(x)
+
+    def similarity_sums(self, x: Tensor, moments: Moments, max_samples: int) -> Similarity:
+        return _way(x).similarity_sums(x, moments, max_samples)
+
+    def apply(self, x: Tensor, coefficients: Coefficients, taps: Taps, bias: Tensor) -> Tensor:
+        return _way(x).apply(x, coefficients, taps, bias)
+
+    def tap_sums(self, dy: Tensor, x: Tensor, center: Tensor, kernel_size: int) -> TapSums:
+        """Keeps what :meth:`input_gradient` reads again."""
+        return _way(x).tap_sums(dy, x, center, kernel_size)
+
+    def coefficients_backward(
+        self,
+        tap_sums: TapSums,
+        statistics: Statistics,
+        form: Form,
+        parameters: Parameters,
+        taps: Taps,
+        coefficients: Coefficients,
+        pixels: int,
+    ) -> tuple[InputCoefficients, Gradients]:
+        way = _way(tap_sums.products)
+        return way.coefficients_backward(tap_sums, statistics, form, parameters, taps, coefficients, pixels)
+
+    def input_gradient(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        tap_sums: TapSums,
+        a: Tensor | None,
+        coefficients: Coefficients,
+        taps: Taps,
+        of_input: InputCoefficients,
+    ) -> Tensor:
+        """With the u = x - center that :meth:`tap_sums` kept: x - a = u + (center - a)."""
+        return _way(x).input_gradient(dy, x, tap_sums, a, coefficients, taps, of_input)
+
+
+def _way(x: Tensor) -> Backend:
+    """How the operators go over x."""
+    return IN_PIECES if x.device.type == 'cpu' else IN_ONE_PASS
+
+
+class InPieces(Backend):
+    """In pieces that stay in a CPU's cache, in the order in which x lies in memory.
+
+    ``mean`` reads at the speed of memory where ``var_mean`` is many times slower.
+    """
 
     name = 'torch'
 
@@ -180,3 +253,186 @@ def _looks_inside(length: int, kernel_size: int, dtype: torch.dtype, device: tor
     """Along one dimension: 1 where a tap looks at a place inside the map, else 0, (k, length)."""
     place = torch.arange(length, device=device) + torch.arange(kernel_size, device=device)[:, None] - kernel_size // 2
     return ((place >= 0) & (place < length)).to(dtype)
+
+
+class InOnePass(Backend):
+    """Few operators, each over all of x, for devices where the start of an operator counts. Never waits for the device.
+
+    Nothing that may be in TF32 or that torch.use_deterministic_algorithms may refuse, as a product of matrices: what is
+    a sum is summed, and a depthwise convolution of float32 or float64 in NCHW is a kernel of torch's own on an NVIDIA
+    GPU. In channels-last it would be cuDNN's, in TF32 by default and with one kernel for all samples: maps are put into
+    NCHW on their way to a convolution. No global flag is set, which other threads would see.
+
+    Memory, besides x and y, or dy and dx: x - center; where dtype or layout are to be changed, the convolution's
+    output and dy too. All in the statistics dtype.
+    """
+
+    name = 'torch'
+
+    def instance_means(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), dtype=functional.statistics_dtype(x))
+
+    def instance_moments(self, x: Tensor) -> Moments:
+        """In one read. By Welford's recurrence in float32, which a GPU takes, v is off by some 4e-8 |a| / sqrt(v),
+        relative to v: as much as y is by the rounding of the mean.
+        """
+        dtype = functional.statistics_dtype(x)
+        if x.dtype == dtype or x.device.type not in MIXED_REDUCTIONS:
+            v, a = torch.var_mean(x.to(dtype), (2, 3), correction=0)
+            return Moments(a, v)
+        a = self.instance_means(x)
+        # Into float32, which var_mean does not offer.
+        return Moments(a, torch.var(x, (2, 3), correction=0, out=torch.empty_like(a)))
+
+    def similarity_sums(self, x: Tensor, moments: Moments, max_samples: int) -> Similarity:
+        """As :func:`mmubn.functional.similarity_sums`, with the norms from the moments."""
+        f = x[:max_samples]
+        n, pixels = f.shape[0], f.shape[2] * f.shape[3]
+        means = moments.a[:n]
+        mean_square = torch.addcmul(moments.v[:n], means, means).sum(1)  # ||f_n||^2 / HW
+        # A sample of zeros is similar to none.
+        inverse = mean_square.clamp_min(torch.finfo(means.dtype).tiny).rsqrt()
+        total = (f * inverse[:, None, None, None]).sum(0).square().sum()
+        # sum_n ||u_n||^2: the number of samples but those of zeros, and NaN where a norm is not finite: 0 * inf
+        own = (inverse.square() * mean_square).sum()
+        return Similarity(torch.sub(total, own, alpha=pixels) / pixels, n * (n - 1))
+
+    def apply(self, x: Tensor, coefficients: Coefficients, taps: Taps, bias: Tensor) -> Tensor:
+        """In the dtype and the memory format of x."""
+        assert taps.kernel is not None
+        center, scale = coefficients.center, coefficients.scale
+        if taps.kernel.shape[-1] == 1:
+            return torch.addcmul(
+                bias[..., None, None],
+                x - center[..., None, None],
+                (scale * taps.kernel.flatten())[..., None, None],
+                out=torch.empty_like(x),
+            )
+        u = _centred_in_nchw(x, center)
+        if u.dtype == x.dtype and memory_format(x) == torch.contiguous_format:
+            return _convolve(u, scale, taps.kernel, bias)
+        # The bias with the change of dtype or layout: both in one go.
+        y = _convolve(u, scale, taps.kernel, None)
+        return torch.add(y, bias[..., None, None], out=torch.empty_like(x))
+
+    def tap_sums(self, dy: Tensor, x: Tensor, center: Tensor, kernel_size: int) -> TapSums:
+        """Keeps x - center and dy. The sums are not there yet, but for a kernel of 1: see the next step."""
+        if kernel_size == 1:
+            u = x - center[..., None, None]
+            return TapSums((u * dy).sum((2, 3))[..., None], dy.sum((2, 3), dtype=u.dtype)[..., None], (u, dy))
+        u = _centred_in_nchw(x, center)
+        dy = dy.to(u.dtype, memory_format=torch.contiguous_format).contiguous()
+        return TapSums(_products(dy, u, kernel_size), dy.new_empty(0), (u, dy))
+
+    def coefficients_backward(
+        self,
+        tap_sums: TapSums,
+        statistics: Statistics,
+        form: Form,
+        parameters: Parameters,
+        taps: Taps,
+        coefficients: Coefficients,
+        pixels: int,
+    ) -> tuple[InputCoefficients, Gradients]:
+        """With the sums of all taps where they count, else with those of the centre tap."""
+        if form.kernel_size > 1:
+            assert tap_sums.kept is not None
+            _, dy = tap_sums.kept
+            if center_has_gradient(statistics, form, parameters):
+                sums = _window_sums_by_rows(dy, form.kernel_size)
+            else:
+                sums = dy.sum((2, 3))[..., None].expand_as(tap_sums.products)
+            tap_sums = tap_sums._replace(sums=sums)
+        return super().coefficients_backward(tap_sums, statistics, form, parameters, taps, coefficients, pixels)
+
+    def input_gradient(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        tap_sums: TapSums,
+        a: Tensor | None,
+        coefficients: Coefficients,
+        taps: Taps,
+        of_input: InputCoefficients,
+    ) -> Tensor:
+        """With the u = x - center that :meth:`tap_sums` kept: x - a = u + (center - a). In dtype and format of x."""
+        assert tap_sums.kept is not None
+        assert taps.kernel is not None
+        u, dy = tap_sums.kept
+        slope, offset = of_input
+        scale, bias = coefficients.scale, offset
+        if slope is not None:
+            assert a is not None
+            difference = coefficients.center - a
+            bias = slope * difference if offset is None else torch.addcmul(offset, slope, difference)
+        if taps.kernel.shape[-1] == 1:
+            factor = (scale * taps.kernel.flatten())[..., None, None]
+            dx = dy * factor if bias is None else torch.addcmul(bias[..., None, None], dy, factor)
+        else:
+            dx = _convolve(dy, scale, taps.kernel.flip(2, 3), bias)
+        if slope is not None:
+            has_place = dx.dtype == x.dtype and memory_format(dx) == memory_format(x)
+            return torch.addcmul(dx, u, slope[..., None, None], out=dx if has_place else torch.empty_like(x))
+        return dx.to(x.dtype, memory_format=memory_format(x))
+
+
+def _centred_in_nchw(x: Tensor, center: Tensor) -> Tensor:
+    """``x - center`` in the dtype of the center, in NCHW."""
+    return torch.sub(x, center[..., None, None], out=center.new_empty(x.shape))
+
+
+def _convolve(u: Tensor, scale: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    """``scale depthwise_conv(u; kernel) + bias`` for u in NCHW, scale of (N or 1, C), bias of (C,) or (N or 1, C)."""
+    n, c, h, w = u.shape
+    padding = kernel.shape[-1] // 2
+    kernels = scale[..., None, None] * kernel[:, 0]
+    bias = None if bias is None else bias.to(u.dtype)
+    if len(scale) == 1 < c and (bias is None or bias.dim() == 1) and u.numel() <= MOST_VALUES:
+        return F.conv2d(u, kernels.transpose(0, 1), bias, padding=padding, groups=c)
+
+    def convolve(u: Tensor, kernels: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.conv2d(u[None], kernels[:, None], bias, padding=padding, groups=len(u))[0]
+
+    rows = [u.view(n * c, h, w), kernels.expand(n, -1, -1, -1).flatten(0, 1)]
+    if bias is not None:
+        rows.append(bias.expand(n, c).flatten())
+    # Not .view: autograd forbids changing a view in place that left a Function, as the ReLU after a norm does.
+    return torch.ops.aten._unsafe_view(_by_planes(convolve, *rows), (n, c, h, w))
+
+
+def _products(dy: Tensor, u: Tensor, kernel_size: int) -> Tensor:
+    """``products`` of TapSums, (N, C, T), for dy and u in NCHW."""
+    n, c, h, w = u.shape
+
+    def products(dy: Tensor, u: Tensor) -> Tensor:
+        return _weight_gradient(dy[None], u[None], kernel_size)
+
+    return _by_planes(products, dy.view(n * c, h, w), u.view(n * c, h, w)).view(n, c, -1)
+
+
+def _by_planes(function: Callable[..., Tensor], planes: Tensor, *others: Tensor) -> Tensor:
+    """What a function of planes, (planes, H, W), and of others with as many rows, returns for each plane."""
+    if planes.numel() <= MOST_VALUES:
+        if len(planes) > 1:
+            return function(planes, *others)
+        # A single plane is no depthwise convolution to torch: it would be cuDNN's, in TF32.
+        return function(*(tensor.expand(2, *tensor.shape[1:]).contiguous() for tensor in (planes, *others)))[:1]
+    length = max(1, MOST_VALUES // planes[0].numel())
+    parts = zip(*(tensor.split(length) for tensor in (planes, *others)), strict=True)
+    return torch.cat([_by_planes(function, *part) for part in parts])
+
+
+def _window_sums_by_rows(dy: Tensor, kernel_size: int) -> Tensor:
+    """``sums`` of TapSums, (N, C, T), for dy in NCHW.
+
+    The windows of the taps differ in the first and the last k // 2 rows alone, so those between them are summed first.
+    """
+    edge = kernel_size // 2
+    inner = dy.shape[2] - 2 * edge
+    if inner > 1:
+        first, middle, last = dy.split([edge, inner, edge], 2)
+        dy = torch.cat([first, middle.sum(2, keepdim=True), last], 2)
+    return _products(dy, torch.ones_like(dy), kernel_size)
+
+
+IN_PIECES, IN_ONE_PASS = InPieces(), InOnePass()

@@ -7,13 +7,17 @@ Shapes: N samples, C channels, H x W pixels, T = k*k taps of a depthwise kernel.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     'KERNEL_SCALINGS',
     'BatchStatistics',
+    'Buffers',
     'Coefficients',
     'Decision',
     'Form',
@@ -108,6 +112,15 @@ class Running(NamedTuple):
     momentum: float | Tensor  # m; 0-d where it depends on the batches counted so far
 
 
+class Buffers(NamedTuple):
+    """What a batch moves, in place; None where the layer has no such buffer, or it stays."""
+
+    mean: Tensor  # running_mean, (C,)
+    var: Tensor  # running_var, (C,)
+    similarity: Tensor | None  # tau, 0-d
+    num_batches: Tensor | None  # num_batches_tracked, 0-d
+
+
 class BatchStatistics(NamedTuple):
     """Statistics of the centred input of a batch, in the statistics dtype."""
 
@@ -146,7 +159,7 @@ class Statistics(NamedTuple):
     var: Tensor  # (C,)
     condensed: Tensor | None = None  # in training, whether mean and var are those of the batch; 0-d bool
     num_values: int | Tensor = 0  # values per channel of that batch
-    synchronized: bool = False  # whether that batch is of several processes
+    processes: ProcessGroup | None = None  # whose batch that is; None where it is this process's own
     coefficients: Coefficients | None = None  # where they came with the statistics
 
 

@@ -40,7 +40,7 @@ SHAPES = ((2, 17, 1, 1), (1, 3, 1, 40), (2, 130, 33, 2), (3, 16, 2, 16), (1, 2, 
 @pytest.fixture(scope='module')
 def cpp():
     backend = CppBackend()
-    assert backend.prepare() is None
+    assert backend.prepare(torch.device('cpu')) is None
     return backend
 
 

@@ -26,7 +26,7 @@ EACH_ARRAY = pytest.mark.parametrize(
 @pytest.fixture(scope='module')
 def cpp():
     backend = CppBackend()
-    assert backend.prepare() is None
+    assert backend.prepare(torch.device('cpu')) is None
     return backend
 
 

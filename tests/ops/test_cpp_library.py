@@ -31,8 +31,7 @@ def sources(tmp_path, monkeypatch):
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
     """As at the start of a process, with an empty cache, in this folder."""
-    monkeypatch.setattr(library, '_is_settled', False)
-    monkeypatch.setattr(library, '_problem', None)
+    monkeypatch.setattr(library._first_use, 'outcomes', {})
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     monkeypatch.delenv('LOCAL_RANK', raising=False)
     return tmp_path / 'cache'
@@ -208,7 +207,7 @@ def test_a_failure_is_reported_once(fresh, sources, monkeypatch, capsys):
     assert layer(x).shape == x.shape
     assert reported(capsys) == []
     assert mmubn.backend_info(layer, x) == f'torch: {reason}'
-    assert CppBackend().prepare() == CppBackend().problem(x, 3) == reason
+    assert CppBackend().prepare(x.device) == CppBackend().problem(x, 3) == reason
     with ops.use_backend('cpp'), pytest.raises(ValueError, match=r'are not there: .* leaves no other'):
         layer(x)
 

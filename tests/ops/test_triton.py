@@ -17,9 +17,18 @@ triton = pytest.importorskip('triton')
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from mmubn.analysis.machine_code import POINTERS, compile_launch, source_of  # noqa: E402
+from mmubn.analysis.machine_code import (  # noqa: E402
+    POINTERS,
+    compile_launch,
+    kernel_name,
+    launches_of_a_step,
+    source_of,
+    variant_of,
+)
+from mmubn.layers import UBN  # noqa: E402
 from mmubn.ops import use_backend  # noqa: E402
 from mmubn.ops.triton import inputs, operators, runtime  # noqa: E402
+from mmubn.ops.triton.running import copy_statistics  # noqa: E402
 from mmubn.ops.triton.tiling import MapArguments  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +65,23 @@ def launches_of(shape, layout, dtype, k, scaling='rectified', centering=True, ca
             vector if calibrate else None, scaling, h * w,
         )  # fmt: skip
         operators.input_gradient(x, x, a, scale, *taps, slope, offset)
+        operators.input_gradient(x, x, None, scale, *taps, None, offset)
+        count = torch.empty((), dtype=torch.int64, device='meta')
+        copy_statistics(mean, var, vector, vector, tau, tau, condensed, count)
+
+        # the same where the batch is that of several processes
+        for max_samples, gate in ((16, (tau, 0.1, threshold, None)), (None, (None, 0.0, 0.0, condensed))):
+            part = operators.own_part(x, a, v, max_samples, n * h * w, center_weight)
+            *_, num_values, _, _ = operators.gathered_coefficients(
+                part.expand(4, -1), a, *gate, vector, vector, 1e-5, 0.1, *rectification
+            )
+        statistic_sums, offset, *_, d_center_weight, _, _ = operators.own_coefficients_backward(
+            products, sums, a, mean, var, 1e-5, scale, *taps, center_weight, scale_weight,
+            vector if calibrate else None, scaling, h * w,
+        )  # fmt: skip
+        operators.statistics_backward(
+            statistic_sums, a, mean, condensed, num_values, center_weight, offset, d_center_weight, h * w
+        )
     return launches
 
 
@@ -125,6 +151,107 @@ def test_arguments_come_in_the_order_of_the_kernel():
             if 'ROWS' in launch.constants:
                 fields = list(MapArguments._fields)
                 assert parameters[len(launch.arguments) - len(fields) : len(launch.arguments)] == fields, name
+
+
+# How many kernels a network compiles
+
+
+def maps_of_detection():
+    """The shapes of x in the backbone (ResNet-50) and the FPN of a detector that sees 200 batches of two images, of all
+    sizes that its training has: the short side 480 to 800, the long side at most 1333, padded to 32."""
+    generator = torch.Generator().manual_seed(0)
+    maps = set()
+    for _ in range(200):
+        short, aspect, upright = torch.rand(3, generator=generator).tolist()
+        height = 800 if upright < 0.5 else 480 + 320 * short
+        width = height * (1 + aspect)
+        shrink = min(1.0, 1333 / width)
+        size = [-(-int(side * shrink) // 32) * 32 for side in (height, width)]
+        size = size[::-1] if upright < 0.25 else size
+        for stride, channels in STAGES:
+            maps |= {(2, c, *(-(-side // stride) for side in size)) for c in channels}
+    return sorted(maps)
+
+
+# The norms of each stride, by their channels
+STAGES = [
+    (2, (64,)),
+    (4, (64, 128, 256)),
+    (8, (128, 256, 512)),
+    (16, (256, 512, 1024)),
+    (32, (256, 512, 2048)),
+    (64, (256,)),
+]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('layout', ['nchw', 'channels_last'])
+def test_detection_compiles_few_kernels(layout, dtype):
+    """Forward and backward of all its layers: at most 40, whatever the sizes of its images."""
+    format = torch.channels_last if layout == 'channels_last' else torch.contiguous_format
+    maps = maps_of_detection()
+    assert len(maps) > 500
+    variants = {variant_of(launch) for x in maps for launch in launches_of_a_step(x, dtype, format, 3)}
+    assert 8 < len(variants) <= 40, sorted(variant[0] for variant in variants)
+
+
+@pytest.mark.parametrize('layout', ['nchw', 'channels_last'])
+def test_alignment_of_parameters_compiles_nothing_new(layout):
+    """Parameters that are parts of one flat tensor, as in FSDP and ZeRO, start anywhere."""
+    format = torch.channels_last if layout == 'channels_last' else torch.contiguous_format
+    x = torch.empty(2, 64, 16, 24, device='meta').to(memory_format=format)
+    variants = set()
+    for first in (0, 1):
+        flat = torch.empty(64 * 14 + 1, device='meta')[first:]
+        bias, weight, center, scale = flat[:64], flat[64:128], flat[128:256].view(2, 64), flat[256:384].view(2, 64)
+        neighbors = flat[384:896].view(64, 8)
+        assert bias.data_ptr() % 16 == 4 * first
+        with runtime.recorded() as launches:
+            operators.apply(x, center, scale, weight, neighbors, bias)
+            operators.tap_sums(x, x, center, 3)
+            operators.input_gradient(x, x, center, scale, weight, neighbors, scale, center)
+            operators.similarity_sums(x, center, scale, 16)
+        variants.add(frozenset(map(variant_of, launches)))
+    assert len(variants) == 1
+
+
+# What is read and copied
+
+
+@pytest.mark.parametrize('mode', ['training', 'evaluation'])
+def test_strided_tensors_are_copied_once(mode):
+    """All kernels read the same copy of x, and of dy, where they cannot read them as they are."""
+    layer = UBN(8).train(mode == 'training')
+    wide = torch.randn(4, 16, 6, 10, requires_grad=True)
+    for x in (wide[:, ::2], wide[:, :8].contiguous()):
+        for dy in (torch.randn(4, 8, 6, 10), torch.randn(4, 8, 1, 1).expand(4, 8, 6, 10)):
+            with runtime.recorded() as launches, use_backend('triton'):
+                layer(x).backward(dy)
+            read = {'x': [], 'dy': []}
+            for launch in launches:
+                arguments = zip(launch.kernel.arg_names, launch.arguments, strict=False)
+                for name, tensor in arguments:
+                    if name in read:
+                        assert tensor.is_contiguous()
+                        read[name].append(tensor.data_ptr())
+            assert len(read['x']) == (5 if mode == 'training' else 4)
+            assert len(read['dy']) == 2
+            for name, given in (('x', x), ('dy', dy)):
+                assert len(set(read[name])) == 1
+                assert (read[name][0] == given.data_ptr()) == given.is_contiguous()
+
+
+def test_the_gradient_in_evaluation_reads_no_input():
+    """Of statistics that do not depend on x it is that of an affine map."""
+    layer = UBN(8).to('meta')
+    x = torch.empty(4, 8, 6, 10, device='meta', requires_grad=True)
+    for training in (True, False):
+        layer.train(training)
+        with runtime.recorded() as launches, use_backend('triton'):
+            layer(x).sum().backward()
+        (launch,) = (launch for launch in launches if kernel_name(launch) == 'input_gradient')
+        slope = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))['slope']
+        assert (slope is not None) == training
 
 
 # Launching: a GPU driver that compiles and launches nothing shows what would be launched.

@@ -4,21 +4,19 @@ import contextlib
 import itertools
 import math
 import re
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-triton = pytest.importorskip('triton')
+pytest.importorskip('triton')
 
-import triton.language as tl  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
+from interpreter import interpreted_kernels
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmubn import layers  # noqa: E402
-from mmubn.ops import use_backend  # noqa: E402
-from mmubn.ops.triton import inputs, operators, similarity, tiling  # noqa: E402
+from mmubn import layers
+from mmubn.ops import use_backend
+from mmubn.ops.triton import inputs, moments, operators, runtime, similarity, tap_sums, tiling
 
 # What numpy, which the interpreter computes with, says of a NaN that a test is about.
 pytestmark = pytest.mark.filterwarnings('ignore::RuntimeWarning:(triton|numpy)')
@@ -38,46 +36,8 @@ STORAGE = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
 
 @pytest.fixture(scope='module', autouse=True)
 def interpreted():
-    """Triton's interpreter in place of its compiler, while the tests of this file run.
-
-    Usually TRITON_INTERPRET=1 is set before Triton is imported, so that ``triton.jit`` returns functions of the
-    interpreter for ever. Here those take the place of the functions for the compiler, in Triton's language and in the
-    modules of the kernels, and go again.
-    """
-    functions = {}
-
-    def for_interpreter(function):
-        return functions.setdefault(function.fn, triton.jit(function.fn))
-
-    def is_kernels(name):
-        return name.startswith(('mmubn.ops.triton.', 'triton.language.')) or name == 'triton.language'
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('TRITON_INTERPRET', '1')
-        patch.setattr(interpreter.InterpretedFunction, 'rewritten_fn', {})
-        patch_once_per_launch(patch)
-        modules = [module for name, module in sys.modules.items() if is_kernels(name)]
-        for owner in (*modules, tl.tensor):
-            for name, value in list(vars(owner).items()):
-                if isinstance(value, triton.JITFunction):
-                    patch.setattr(owner, name, for_interpreter(value))
-        names = {module: set(vars(module)) for module in modules}
+    with interpreted_kernels():
         yield
-        for module, before in names.items():  # what the interpreter added for itself
-            for name in vars(module).keys() - before:
-                delattr(module, name)
-
-
-def patch_once_per_launch(patch):
-    """At every call of one function by another the interpreter looks for what to patch in Triton's language, a third of
-    its time; here a launch patches all of it once."""
-    patch_language, language = interpreter._patch_lang, SimpleNamespace(__globals__={'tl': tl, 'core': tl.core})
-    patch.setattr(interpreter, '_patch_lang', lambda kernel: patch_language(language))
-    patch.setattr(
-        interpreter.InterpretedFunction,
-        '__call__',
-        lambda function, *arguments, **constants: function.rewrite()(*arguments, **constants),
-    )
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -215,7 +175,7 @@ def layer(x, dy, parameters, running, options, threshold, max_samples, ops=opera
     statistics = (running['mean'], running['var'])
     numbers = (n * h * w, EPS, MOMENTUM)
     if threshold is None:
-        condensed = torch.tensor(True)
+        condensed = torch.tensor(True, device=x.device)
         outputs = ops.statistics_coefficients(a, v, *statistics, condensed, *numbers, *rectification)
     else:
         gate = (max_samples, running['tau'], SIMILARITY_MOMENTUM, threshold)
@@ -264,9 +224,9 @@ def layer_cases():
     larger = [(4, 17, 8, 8), (1, 37, 9, 6), (1, 2, 11, 17), (1, 1, 3, 65)]
     shapes = {
         1: [*tiny, *larger],
-        3: [*tiny, *larger, (70, 3, 1, 2), (1, 2, 19, 16), (1, 3, 16, 8), (2, 2, 7, 14), (1, 3, 13, 10)],
-        5: [*tiny, (1, 2, 5, 17), (1, 2, 7, 8)],
-        7: [(3, 5, 1, 1), (1, 2, 1, 9), (1, 2, 5, 7), (1, 2, 3, 6)],
+        3: [*tiny, *larger, (70, 3, 1, 2), (1, 2, 19, 16), (1, 3, 4, 8), (2, 2, 7, 14), (1, 3, 13, 8)],
+        5: [*tiny, (1, 2, 4, 8), (1, 2, 7, 8)],
+        7: [(3, 5, 1, 1), (1, 2, 1, 9), (1, 2, 5, 7), (1, 2, 4, 6)],
     }
     dtypes = itertools.cycle([torch.float32, torch.float16, torch.bfloat16, torch.float32, torch.bfloat16])
     forms = itertools.cycle(
@@ -327,21 +287,54 @@ def test_layer(case, condensed, programs):
 
 
 def test_the_layers_reach_every_tile():
-    """Among them is one for every number of columns that a lane may have, and tails."""
-    tiles = set()
+    """Among them is one for every tile that a lane may have: its rows and columns, what may be beyond the map."""
+    tiles = {}
     for (shape, layout, dtype, k, *_), _, _ in layer_cases():
-        constants = tiling.tile_shape(torch.Size(shape), layout == 'channels_last', dtype.itemsize, k, 1).constants
-        tiles.add((layout, k, constants['COLUMNS']))
-        tiles.add((layout, k, 'a tail' if constants['TAIL'] else 'none'))
-    expected = {
-        'nchw': {1: (1, 2, 8), 3: (1, 2, 4, 8), 5: (1, 4), 7: (1, 2)},
-        'channels_last': {1: (1, 3, 4, 5, 6), 3: (1, 3, 4, 5, 6, 7), 5: (1, 2), 7: (1, 2)},
+        for accumulates in (False, True):
+            constants = tiling.tile_shape(
+                torch.Size(shape), layout == 'channels_last', dtype.itemsize, k, 1, accumulates
+            ).constants
+            tile = tuple(constants[name] for name in ('ROWS', 'COLUMNS', 'TAIL'))
+            tiles.setdefault((layout, k), set()).add(tile)
+    assert tiles == {
+        ('nchw', 1): {(1, 1, 1), (1, 2, 0), (1, 8, 0)},
+        ('nchw', 3): {(7, 1, 1), (7, 2, 0), (7, 2, 1), (7, 4, 1), (4, 8, 0), (4, 8, 1)},
+        ('nchw', 5): {(4, 1, 1), (4, 4, 0), (4, 4, 1)},
+        ('nchw', 7): {(4, 1, 1), (4, 2, 0)},
+        ('channels_last', 1): {(1, 4, 0), (1, 4, 2)},
+        ('channels_last', 3): {(8, 4, 0), (4, 4, 0), (7, 7, 0), (5, 4, 2)},
+        ('channels_last', 5): {(4, 2, 0), (4, 2, 2)},
+        ('channels_last', 7): {(4, 2, 0), (4, 2, 2)},
     }
-    for layout, columns_of in expected.items():
-        for k, columns in columns_of.items():
-            assert {(layout, k, count) for count in columns} <= tiles, (layout, k)
-            assert (layout, k, 'none') in tiles
-            assert k == 1 or (layout, k, 'a tail') in tiles, (layout, k)
+
+
+@pytest.mark.parametrize('parts', [2, 150])
+def test_parts_are_merged(parts):
+    """More parts than a tile has, the last one short, far from zero and from each other."""
+    generator = torch.Generator().manual_seed(0)
+    planes, pixels_per_part = 37, 8
+    pixels = parts * pixels_per_part - 3
+    x = torch.randn(planes, pixels, generator=generator) + 1000
+    x[:, pixels_per_part:] += 5
+    origins, means, squares = torch.zeros(3, parts, planes)
+    for part, values in enumerate(x.split(pixels_per_part, dim=1)):
+        origins[part] = values[:, 0]
+        deviation = values - values[:, :1]
+        means[part] = deviation.mean(1)
+        squares[part] = (deviation - means[part, :, None]).square().sum(1)
+    a, v = x.new_empty(2, planes)
+    runtime.launch(
+        moments._merge_moments_kernel, tiling.ceil_div(planes, 16), x.device,
+        means, squares, origins, a, v, planes, pixels, pixels_per_part, parts, BLOCK=16, BLOCK_PARTS=64,
+    )  # fmt: skip
+    var, mean = torch.var_mean(x.double(), 1, correction=0)
+    close('a', a, mean)
+    close('v', v, var)
+
+    terms = torch.randn(2, parts, planes, generator=generator)
+    sums = torch.full((2, planes), math.nan)
+    runtime.launch(tap_sums._merge_tap_sums_kernel, 1, x.device, *terms, *sums, planes, parts, BLOCK=64, BLOCK_PARTS=32)
+    close('sums', sums, terms.double().sum(1), float(terms.abs().sum(1).max()))
 
 
 @pytest.mark.parametrize('programs', [1, 2048])
@@ -467,8 +460,8 @@ def small_case():
 
 
 def strided():
-    """Inputs and gradients of many strides, in 1x4x3x4."""
-    x, dy, *_ = small_case()
+    """Inputs and gradients of many strides, in 1x4x3x4, in memory as torch aligns it."""
+    x, dy = (tensor.clone() for tensor in small_case()[:2])
     wide = torch.randn(1, 8, 3, 8)
     return {
         'rows and channels skipped': (wide[:, ::2, :, ::2], wide[:, 1::2, :, 1::2]),
@@ -485,7 +478,7 @@ def strided():
 
 @pytest.mark.parametrize('name', strided())
 def test_strides(name):
-    """Any strides and any alignment give what a dense copy gives, to the bit."""
+    """Any strides give what a dense copy gives, to the bit."""
     _, _, *rest = small_case()
     x, dy = strided()[name]
     near = torch.channels_last if 'channels-last' in name else torch.contiguous_format
@@ -551,9 +544,8 @@ def test_same_bits():
 # Operators
 
 
-@pytest.fixture(scope='module')
-def operator_calls():
-    """The arguments of every operator in one pass through the layer."""
+def arguments_of_operators(case):
+    """The arguments of every operator in one pass through the layer, with the tensors of the case."""
     calls = {}
 
     class Recorder:
@@ -564,18 +556,75 @@ def operator_calls():
 
             return call
 
-    x, dy, p, running, options = make_case((2, 3, 2, 3), 'channels_last', torch.float16, 3, 'rectified', True, True)
+    x, *others = case
     for threshold in (0.1, None):
-        layer(x.clone(), dy, p, running, options, threshold, 16, Recorder())
-    a = torch.ones(2, 3)
+        layer(x.clone(), *others, threshold, 16, Recorder())
+    a = torch.ones(x.shape[:2], device=x.device)
     calls['coefficients'] = (a, a[0], a[1].clone(), EPS, None, None, None, None)
+    # the same of a batch of several processes
+    part = torch.ones(2, 2 * a.shape[1] + 3, device=x.device)
+    rectification = a[0], a[0], a[0], 'rectified'
+    calls['own_part'] = (*calls['similarity_sums'], 12, a[0])
+    calls['gathered_coefficients'] = (part, a, a[0, 0], 0.1, 0.5, None, a[0], a[1], EPS, 0.1, *rectification)
+    *first, condensed, scale, weight, neighbors, w_m, w_v, beta, kind, pixels = calls['coefficients_backward']
+    calls['own_coefficients_backward'] = (*first, scale, weight, neighbors, w_m, w_v, beta, kind, pixels)
+    calls['statistics_backward'] = (part[:, : a.shape[1]], a, a[0], condensed, a[0, 0], w_m, a, a[0], pixels)
     return calls
+
+
+@pytest.fixture(scope='module')
+def operator_calls():
+    return arguments_of_operators(make_case((2, 3, 2, 3), 'channels_last', torch.float16, 3, 'rectified', True, True))
 
 
 @pytest.mark.parametrize('name', operators.__all__)
 def test_operator(operator_calls, name):
     """Schema, fake implementation and dispatch under aot_autograd agree with what the operator does."""
     torch.library.opcheck(getattr(torch.ops.mmubn, name), operator_calls[name])
+
+
+def with_tensors(arguments, change):
+    return [change(value) if isinstance(value, torch.Tensor) else value for value in arguments]
+
+
+@pytest.mark.parametrize('name', operators.__all__)
+def test_a_tensor_that_torch_negates_lazily(operator_calls, name):
+    """The kernels read memory, where its negative is; so is that of an imaginary part of a conjugate."""
+
+    def negated(value):
+        return torch._neg_view(-value) if value.is_floating_point() else value
+
+    def imaginary(value):
+        if value.dtype not in (torch.float16, torch.float32):
+            return value
+        return torch.complex(torch.zeros_like(value), -value).conj().imag
+
+    function, arguments = getattr(operators, name), operator_calls[name]
+    expected = function(*arguments)
+    for change in (negated, imaginary):
+        changed = with_tensors(arguments, change)
+        assert any(isinstance(value, torch.Tensor) and value.is_neg() for value in changed)
+        torch.testing.assert_close(function(*changed), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_gradient_of_zeros_that_are_not_in_memory(operator_calls):
+    x, dy, *others = operator_calls['tap_sums']
+    zeros = torch._efficientzerotensor(dy.shape, dtype=dy.dtype)
+    for found in operators.tap_sums(x, zeros, *others):
+        assert torch.equal(found, torch.zeros_like(found))
+
+
+@pytest.mark.parametrize('name', operators.__all__)
+def test_no_kernel_reads_what_has_no_memory(operator_calls, name):
+    """Nor does it write to such a tensor."""
+    function, arguments = getattr(operators, name), operator_calls[name]
+    with pytest.raises(ValueError, match='plain tensors, got a FakeTensor'):
+        function(*with_tensors(arguments, FakeTensorMode().from_tensor))
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match='plain tensors, got a FakeTensor'):
+        function(*arguments)
+    first, *others = arguments
+    with pytest.raises(ValueError, match=r'plain tensors, got a tensor of a transform of torch\.func'):
+        torch.vmap(lambda value: function(value, *others))(first[None])
 
 
 def test_operators_under_torch_compile():

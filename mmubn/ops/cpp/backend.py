@@ -7,13 +7,16 @@ of :class:`~mmubn.ops.backend.Backend`.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmubn import functional
 from mmubn.ops.backend import Backend
 from mmubn.ops.cpp import library
 from mmubn.ops.cpp.boundary import DTYPES, KERNEL_SIZES, call
+from mmubn.ops.plain import wrapped
 from mmubn.ops.torch_backend import dense, memory_format
 from mmubn.ops.types import (
     KERNEL_SCALINGS,
@@ -31,6 +34,9 @@ from mmubn.ops.types import (
     Taps,
     TapSums,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ['CppBackend']
 
@@ -50,11 +56,11 @@ class CppBackend(Backend):
         if kernel_size not in KERNEL_SIZES:
             return f'the C++ kernels have kernel sizes {", ".join(map(str, KERNEL_SIZES))}, got {kernel_size}'
         # A subclass (a fake tensor, a distributed one) has no memory of its own, and torch may negate lazily.
-        if type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided or x.is_neg() or x._is_zerotensor():
+        if wrapped(x) is not None or x.layout != torch.strided or x.is_neg() or x._is_zerotensor():
             return f'the C++ kernels take plain tensors, got {type(x).__name__} of layout {x.layout}'
         return library.problem()
 
-    def prepare(self) -> str | None:
+    def prepare(self, device: torch.device) -> str | None:
         """Load the kernels, and compile them at the first use on a machine."""
         return library.prepare()
 
@@ -101,11 +107,13 @@ class CppBackend(Backend):
         form: Form,
         parameters: Parameters,
         running: Running,
+        processes: ProcessGroup | None = None,
     ) -> Decision:
         """Compute batch statistics, choose between them and the running ones, and move these, in one call."""
         dtype = moments.a.dtype
-        if isinstance(running.momentum, Tensor) or running.mean.dtype != dtype or running.var.dtype != dtype:
-            return super().decide(x, moments, gate, form, parameters, running)
+        is_plain = not isinstance(running.momentum, Tensor) and running.mean.dtype == running.var.dtype == dtype
+        if processes is not None or not is_plain:
+            return super().decide(x, moments, gate, form, parameters, running, processes)
         similarity = self.similarity_sums(x, moments, gate.max_samples) if isinstance(gate, Gate) else None
         running_similarity, condensed = self.condense(similarity, gate)
         n, c = moments.a.shape
@@ -200,7 +208,7 @@ class CppBackend(Backend):
         coefficients: Coefficients,
         pixels: int,
     ) -> tuple[InputCoefficients, Gradients]:
-        if form.scaling not in KERNEL_SCALINGS or statistics.synchronized:
+        if form.scaling not in KERNEL_SCALINGS or statistics.processes is not None:
             return super().coefficients_backward(tap_sums, statistics, form, parameters, taps, coefficients, pixels)
         assert taps.kernel is not None
         products, sums = (values.transpose(1, 2).contiguous() for values in (tap_sums.products, tap_sums.sums))

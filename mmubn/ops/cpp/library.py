@@ -17,10 +17,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
+import torch
+
 from mmubn.ops.cpp import boundary
+from mmubn.ops.first_use import FirstUse
 
 __all__ = ['cache_folder', 'load', 'prepare', 'problem']
 
@@ -28,10 +30,7 @@ SOURCES = Path(__file__).with_name('kernels')
 MAIN = 'kernels.cpp'  # includes the others
 # For this processor: the compiled file stays on machines like this one, see _key.
 FLAGS = ['-O3', '-march=native', '-std=c++17', '-fopenmp', '-fPIC', '-shared']
-
-_lock = threading.Lock()
-_is_settled = False  # whether prepare() has loaded the library, or failed to
-_problem: str | None = None
+CPU = torch.device('cpu')
 
 
 def problem() -> str | None:
@@ -39,8 +38,8 @@ def problem() -> str | None:
 
     Compiles nothing and starts no process.
     """
-    if _is_settled:
-        return _problem
+    if CPU in _first_use.outcomes:
+        return _first_use.outcomes[CPU]
     try:
         _compiler()
         if (folder := cache_folder()).is_dir():
@@ -56,18 +55,15 @@ def prepare() -> str | None:
     Returns:
         Why there is none; None where it is loaded.
     """
-    global _is_settled, _problem
-    if _is_settled:
-        return _problem
-    with _lock:
-        if not _is_settled:
-            try:
-                boundary.bind(load(cache_folder()))
-            except (OSError, RuntimeError) as error:
-                _problem = _reason(error)
-                _report(f"{_problem}; torch's operators are used instead")
-            _is_settled = True
-    return _problem
+    return _first_use(CPU)
+
+
+def _bind(_: torch.device) -> str | None:
+    try:
+        boundary.bind(load(cache_folder()))
+    except (OSError, RuntimeError) as error:
+        return _reason(error)
+    return None
 
 
 def _reason(error: Exception) -> str:
@@ -78,6 +74,9 @@ def _report(line: str) -> None:
     """Print a line, from one process of each machine."""
     if os.environ.get('LOCAL_RANK', '0') == '0':
         print(f'mmubn: {line}', file=sys.stderr, flush=True)
+
+
+_first_use = FirstUse(_bind, lambda reason: _report(f"{reason}; torch's operators are used instead"))
 
 
 def cache_folder() -> Path:

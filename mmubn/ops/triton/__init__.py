@@ -36,5 +36,7 @@ Triton is needed to launch, not to import. Files, each importing from those abov
 - ``moments``, ``similarity``, ``coefficients``, ``apply``, ``tap_sums``, ``input_gradient``: the steps, each with its
   kernels and the functions that launch them.
 - :mod:`~mmubn.ops.triton.operators`: all these functions, and their operators for ``torch.compile``.
+- :mod:`~mmubn.ops.triton.architecture`, :mod:`~mmubn.ops.triton.probe`: whether they work on a GPU, before their first
+  use there.
 - :mod:`~mmubn.ops.triton.backend`: :class:`~mmubn.ops.triton.backend.TritonBackend`.
 """

@@ -10,21 +10,25 @@ import torch
 from torch import Tensor
 
 from mmubn.ops.triton import runtime, tiling
-from mmubn.ops.triton.device import in_map, jit, lanes, less_center, load_taps, load_window, place_tiles, store_row, tl
+from mmubn.ops.triton.device import jit, lanes, less_center, load_taps, load_window, place_tiles, store_tile, tl
 from mmubn.ops.triton.inputs import dense_input, float32, kernel_size_of
 
 __all__ = ['apply']
 
 
-@jit(do_not_specialize=['samples', 'height', 'column_groups', 'tiles_per_part', 'parts'])
+@jit(
+    do_not_specialize=['samples', 'height', 'width', 'tiles_per_part', 'parts'],
+    do_not_specialize_on_alignment=['center', 'scale', 'weight', 'neighbor_weight', 'bias'],
+)
 def _apply_kernel(
     x, center, scale, weight, neighbor_weight, bias, y,
-    samples, channels, height, column_groups, tiles_per_part, parts,
+    samples, channels, height, width, tiles_per_part, parts,
     SAMPLE_BIAS: tl.constexpr, K: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    _, index, plane_live, first, width, stride_h, stride_w, begin, end = place_tiles(
-        samples, channels, height, column_groups, tiles_per_part, parts, CHANNELS_LAST, ROWS, COLUMNS, BLOCK_P
+    """``y(p) = bias + sum_t (scale weight_t) (x(p + t) - center)``, with 0 for what is outside the map."""
+    _, index, plane_live, first, column_groups, width, stride_h, stride_w, begin, end = place_tiles(
+        samples, channels, height, width, tiles_per_part, parts, CHANNELS_LAST, ROWS, COLUMNS, BLOCK_P
     )
     channel = index % channels
     c = tl.load(center + index, mask=plane_live, other=0.0)[:, None]
@@ -35,21 +39,20 @@ def _apply_kernel(
 
     for start in range(begin, end, BLOCK_Q):
         h, w, pixel, live = lanes(
-            first, plane_live, start, end, height, column_groups, stride_h, stride_w, ROWS, COLUMNS, BLOCK_Q
+            first, plane_live, start, end, column_groups, stride_h, stride_w, ROWS, COLUMNS, BLOCK_Q
         )
         window = load_window(
             x + pixel, live, h, w, height, width, stride_h, stride_w, K, CHANNELS_LAST, ROWS, COLUMNS, TAIL
         )
         centred = less_center(window, c, live, h, w, height, width, K, ROWS, COLUMNS, TAIL)
+        values = ()
         for r in tl.static_range(ROWS):
-            values = ()
             for j in tl.static_range(COLUMNS):
                 value = tl.zeros([BLOCK_P, BLOCK_Q], tl.float32) + beta
                 for t in tl.static_range(K * K):
                     value += taps[t] * centred[(r + t // K) * (COLUMNS + K - 1) + j + t % K]
                 values += (value,)
-            inside = in_map(live, h, w, height, width, r, 0, ROWS, COLUMNS, TAIL)
-            store_row(y + pixel + r * stride_h, inside, values, stride_w, CHANNELS_LAST, COLUMNS)
+        store_tile(y + pixel, values, live, h, w, height, width, stride_h, stride_w, CHANNELS_LAST, ROWS, COLUMNS, TAIL)
 
 
 def apply(

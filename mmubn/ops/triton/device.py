@@ -1,6 +1,7 @@
 """What the kernels share: where a program works, the tiles of its lanes, blocks of (N, C) tensors.
 
-``jit`` and ``tl`` are Triton's. Where Triton is not installed, the kernels are plain functions that nothing calls.
+``jit`` and ``tl`` are Triton's. Where it is not installed, or too old, the kernels are plain functions that nothing
+calls.
 
 A depthwise kernel of K x K has T = K*K taps in row-major order; p + t is the pixel p shifted by tap t, so that the
 centre tap shifts by nothing.
@@ -12,19 +13,39 @@ centre tap shifts by nothing.
 
 from __future__ import annotations
 
+import re
+
+LOWEST_TRITON = 3, 3  # before, kernels that build tuples do not compile
+
+
+def problem_of(version: str) -> str | None:
+    """Why the kernels do not run with a version of Triton; None where they do."""
+    release = re.match(r'(\d+)\.(\d+)', version)
+    if release is None or tuple(map(int, release.groups())) >= LOWEST_TRITON:
+        return None
+    lowest = '.'.join(map(str, LOWEST_TRITON))
+    return f'the kernels need Triton {lowest} or later, which torch 2.7 brings, got Triton {version}'
+
+
 try:
     import triton
     import triton.language as tl
 
-    jit = triton.jit
+    TRITON_PROBLEM = problem_of(triton.__version__)
 except ImportError:
     triton = tl = None
+    TRITON_PROBLEM = 'Triton is not installed'
+
+if TRITON_PROBLEM is None:
+    jit = triton.jit
+else:
 
     def jit(function=None, **_):
         return function or (lambda function: function)
 
 
 __all__ = [
+    'TRITON_PROBLEM',
     'in_map',
     'interpreted',
     'is_finite',
@@ -37,8 +58,9 @@ __all__ = [
     'load_window',
     'place',
     'place_tiles',
+    'problem_of',
     'store_block',
-    'store_row',
+    'store_tile',
     'tl',
     'triton',
 ]
@@ -46,7 +68,7 @@ __all__ = [
 
 def interpreted() -> bool:
     """Whether the kernels were defined for Triton's interpreter (TRITON_INTERPRET=1), which takes CPU tensors."""
-    return triton is not None and not isinstance(place, triton.JITFunction)
+    return TRITON_PROBLEM is None and not isinstance(place, triton.JITFunction)
 
 
 # --- maps: places, tiles, windows, taps -------------------------------------------------------------------------------
@@ -76,21 +98,23 @@ def place(samples, channels, pixels, parts, CHANNELS_LAST: tl.constexpr, BLOCK_P
 
 
 @jit
-def place_tiles(samples, channels, height, column_groups, tiles_per_part, parts, CHANNELS_LAST: tl.constexpr,
+def place_tiles(samples, channels, height, width, tiles_per_part, parts, CHANNELS_LAST: tl.constexpr,
                  ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_P: tl.constexpr):  # fmt: skip
-    """:func:`place`, then the width and the strides of a map, and the numbers of the part's first tile and of the one
-    after its last."""
-    width = column_groups * COLUMNS
+    """:func:`place`, then the number of tiles side by side, the width and the strides of a map, and the numbers of the
+    part's first tile and of the one after its last."""
+    column_groups = tl.cdiv(width, COLUMNS)
+    if not CHANNELS_LAST:
+        width = column_groups * COLUMNS  # as it is, and so the compiler knows how rows are aligned
     part, index, live, first = place(samples, channels, height * width, parts, CHANNELS_LAST, BLOCK_P)
     stride_w = channels if CHANNELS_LAST else 1
     begin = part * tiles_per_part
     end = tl.minimum(begin + tiles_per_part, tl.cdiv(height, ROWS) * column_groups)
-    return part, index, live, first, width, width * stride_w, stride_w, begin, end
+    return part, index, live, first, column_groups, width, width * stride_w, stride_w, begin, end
 
 
 @jit
-def lanes(first, live, start, end, height, column_groups, stride_h, stride_w, ROWS: tl.constexpr,
-           COLUMNS: tl.constexpr, BLOCK_Q: tl.constexpr):  # fmt: skip
+def lanes(first, live, start, end, column_groups, stride_h, stride_w, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+           BLOCK_Q: tl.constexpr):  # fmt: skip
     """The tiles of ROWS x COLUMNS pixels from number ``start`` on, one for each lane, row by row of the map.
 
     Returns the row and the column of their first pixels (BLOCK_Q,), the offset of that pixel in each plane and whether
@@ -106,15 +130,15 @@ def lanes(first, live, start, end, height, column_groups, stride_h, stride_w, RO
 def in_map(live, h, w, height, width, i: tl.constexpr, j: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
             TAIL: tl.constexpr):  # fmt: skip
     """Whether the pixel i rows below and j columns right of each lane's first is in the map."""
-    # The columns of a tile are in the map, whose width COLUMNS divides, and so are its rows, but for a tail.
+    # The first pixel of a tile is. TAIL 0: all are; 1: not all rows may be; 2: neither all rows nor all columns.
     inside = live
     if i < 0:
         inside = inside & (h + i >= 0)[None, :]
-    if i >= ROWS or (TAIL and i > 0):
+    if i >= ROWS or (TAIL > 0 and i > 0):
         inside = inside & (h + i < height)[None, :]
     if j < 0:
         inside = inside & (w + j >= 0)[None, :]
-    if j >= COLUMNS:
+    if j >= COLUMNS or (TAIL == 2 and j > 0):
         inside = inside & (w + j < width)[None, :]
     return inside
 
@@ -167,19 +191,20 @@ def load_window(
     values = ()
     for i in tl.static_range(-pad, ROWS + pad):
         row = pointers + i * stride_h
-        for j in tl.static_range(-pad, 0):
-            inside = in_map(live, h, w, height, width, i, j, ROWS, COLUMNS, TAIL)
-            values += (tl.load(row + j * stride_w, mask=inside, other=0.0),)
-        inside = in_map(live, h, w, height, width, i, 0, ROWS, COLUMNS, TAIL)
         if CHANNELS_LAST:
-            for j in tl.static_range(COLUMNS):
+            for j in tl.static_range(-pad, COLUMNS + pad):
+                inside = in_map(live, h, w, height, width, i, j, ROWS, COLUMNS, TAIL)
                 values += (tl.load(row + j * stride_w, mask=inside, other=0.0),)
         else:
+            for j in tl.static_range(-pad, 0):
+                inside = in_map(live, h, w, height, width, i, j, ROWS, COLUMNS, TAIL)
+                values += (tl.load(row + j, mask=inside, other=0.0),)
+            inside = in_map(live, h, w, height, width, i, 0, ROWS, COLUMNS, TAIL)
             columns = row[:, :, None] + tl.arange(0, COLUMNS)[None, None, :]
             values += unpack(tl.load(columns, mask=inside[:, :, None], other=0.0), COLUMNS)
-        for j in tl.static_range(COLUMNS, COLUMNS + pad):
-            inside = in_map(live, h, w, height, width, i, j, ROWS, COLUMNS, TAIL)
-            values += (tl.load(row + j * stride_w, mask=inside, other=0.0),)
+            for j in tl.static_range(COLUMNS, COLUMNS + pad):
+                inside = in_map(live, h, w, height, width, i, j, ROWS, COLUMNS, TAIL)
+                values += (tl.load(row + j, mask=inside, other=0.0),)
     return values
 
 
@@ -198,15 +223,25 @@ def less_center(window, center, live, h, w, height, width, K: tl.constexpr, ROWS
 
 
 @jit
-def store_row(pointers, inside, columns, stride_w, CHANNELS_LAST: tl.constexpr, COLUMNS: tl.constexpr):
-    """One row of each lane's tile, given as its columns."""
-    if CHANNELS_LAST:
-        for j in tl.static_range(COLUMNS):
-            tl.store(pointers + j * stride_w, columns[j].to(pointers.dtype.element_ty), mask=inside)
-    else:
-        pointers = pointers[:, :, None] + tl.arange(0, COLUMNS)[None, None, :]
-        value = pack(columns, COLUMNS).to(pointers.dtype.element_ty)
-        tl.store(pointers, value, mask=inside[:, :, None])
+def store_tile(
+    pointers, values, live, h, w, height, width, stride_h, stride_w,
+    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Each lane's tile, given row by row as ROWS * COLUMNS values."""
+    for i in tl.static_range(ROWS):
+        row = pointers + i * stride_h
+        if CHANNELS_LAST:
+            for j in tl.static_range(COLUMNS):
+                inside = in_map(live, h, w, height, width, i, j, ROWS, COLUMNS, TAIL)
+                tl.store(row + j * stride_w, values[i * COLUMNS + j].to(pointers.dtype.element_ty), mask=inside)
+        else:
+            inside = in_map(live, h, w, height, width, i, 0, ROWS, COLUMNS, TAIL)
+            columns = ()
+            for j in tl.static_range(COLUMNS):
+                columns += (values[i * COLUMNS + j],)
+            value = pack(columns, COLUMNS).to(pointers.dtype.element_ty)
+            columns = row[:, :, None] + tl.arange(0, COLUMNS)[None, None, :]
+            tl.store(columns, value, mask=inside[:, :, None])
 
 
 @jit

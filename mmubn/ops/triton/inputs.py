@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from mmubn.ops.triton import runtime
-from mmubn.ops.triton.device import triton
 from mmubn.ops.types import KERNEL_SCALINGS
 
 __all__ = [
@@ -38,23 +37,24 @@ SCALINGS = {scaling: code for code, scaling in enumerate(KERNEL_SCALINGS)}
 def problem(x: Tensor, kernel_size: int = 1) -> str | None:
     """Why the kernels cannot handle ``x`` with a ``kernel_size`` x ``kernel_size`` kernel; None where they can.
 
-    An input of any strides is fine: one that is dense in neither layout is copied first.
+    An input of any strides is fine: one that is dense in neither layout is copied first. One without elements is, too:
+    no kernel is launched for it, but those that a batch of several processes needs.
     """
-    if triton is None:
-        return 'Triton is not installed'
+    if (reason := runtime.lacking(x.device)) is not None:
+        return reason
     if x.dim() != 4:
         return f'the kernels take (N, C, H, W), got {x.dim()} dimensions'
     if x.dtype not in DTYPES:
         return f'the kernels take float32, float16 and bfloat16, got {x.dtype}'
     if kernel_size not in KERNEL_SIZES:
         return f'the kernels take kernel sizes 1, 3, 5 and 7, got {kernel_size}'
-    if x.numel() == 0:
-        return 'the kernels take an input with elements'
+    if x.layout != torch.strided:
+        return f'the kernels take a dense tensor, got one of layout {x.layout}'
     # Planes, and offsets within a sample, are counted in int32, a block beyond the end included; x may be larger.
     samples, channels, height, width = x.shape
     if max(samples * channels, channels * max(height * width, 7 * 7)) >= 2**30:
         return f'the kernels take samples of fewer than 2^30 values and as many planes, got {tuple(x.shape)}'
-    return runtime.lacking(x.device)
+    return None
 
 
 def fail(message: str) -> NoReturn:
@@ -66,12 +66,20 @@ def check_device(device: torch.device) -> None:
         fail(f'{reason}.')
 
 
+def _in_memory(value: Tensor) -> Tensor:
+    """``value`` with its values in memory: torch may negate lazily, and keeps no zeros where all are."""
+    if value._is_zerotensor():
+        return value.clone()
+    return value.resolve_neg() if value.is_neg() else value
+
+
 def is_channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def dense(x: Tensor) -> Tensor:
     """``x`` in NCHW or channels-last memory, whichever is nearer to its strides."""
+    x = _in_memory(x)
     if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
         return x
     near = x.dim() == 4 and x.stride(1) == 1 and x.stride(3) != 1
@@ -82,6 +90,9 @@ def dense_input(x: Tensor, kernel_size: int = 1) -> Tensor:
     """:func:`dense`, or an error where there is a :func:`problem`."""
     if (reason := problem(x, kernel_size)) is not None:
         fail(f'{reason}.')
+    if x.numel() == 0:
+        fail(f'the kernels take an input with elements, got {tuple(x.shape)}.')
+    runtime.check_plain(x)
     return dense(x)
 
 
@@ -91,7 +102,10 @@ def dense_gradient(dy: Tensor, x: Tensor) -> Tensor:
     for name, found, expected in traits:
         if found != expected:
             fail(f'dy must have the {name} of x, {expected}, got {found}.')
-    return dy.contiguous(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
+    runtime.check_plain(dy)
+    return _in_memory(dy).contiguous(
+        memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    )
 
 
 @overload
@@ -108,6 +122,7 @@ def float32(value: Tensor | None, name: str, device: torch.device, *shape: int) 
         fail(f'{name} must have shape {shape}, got {tuple(value.shape)}.')
     if value.device != device:
         fail(f'{name} must be on {device}, got {value.device}.')
+    value = _in_memory(value)
     # Mostly there is nothing to do, and two calls that do nothing are a third of this function's time.
     if value.dtype is torch.float32 and value.is_contiguous():
         return value

@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -18,7 +16,10 @@ from mmubn.ops.triton.inputs import dense_input, is_channels_last
 __all__ = ['instance_moments']
 
 
-@jit(do_not_specialize=['samples', 'pixel_groups', 'rounds_per_part', 'parts'])
+@jit(
+    do_not_specialize=['samples', 'pixel_groups', 'rounds_per_part', 'parts'],
+    do_not_specialize_on_alignment=['mean_out', 'moment_out', 'origin_out'],
+)
 def _moments_kernel(
     x, mean_out, moment_out, origin_out, samples, channels, pixel_groups, rounds_per_part, parts,
     CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, WHOLE: tl.constexpr, UNROLL: tl.constexpr,
@@ -94,31 +95,39 @@ def _moments_kernel(
     tl.store(moment_out + index, squares, mask=live)
 
 
-@jit(do_not_specialize=['planes', 'pixels', 'pixels_per_part', 'parts'])
+@jit(
+    do_not_specialize=['planes', 'pixels', 'pixels_per_part', 'parts'],
+    do_not_specialize_on_alignment=['means', 'moments', 'origins', 'a', 'v'],
+)
 def _merge_moments_kernel(
-    means, moments, origins, a, v, planes, pixels, pixels_per_part, parts, BLOCK: tl.constexpr
+    means, moments, origins, a, v, planes, pixels, pixels_per_part, parts,
+    BLOCK: tl.constexpr, BLOCK_PARTS: tl.constexpr,
 ):  # fmt: skip
     """Chan's rule over the parts, relative to the origin of the first."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = index < planes
     origin = tl.load(origins + index, mask=live, other=0.0)
-    mean = tl.zeros([BLOCK], tl.float32)
-    offset = index.to(tl.int64)
-    for part in range(parts):
+    mean = tl.zeros([BLOCK_PARTS, BLOCK], tl.float32)
+    for start in range(0, parts, BLOCK_PARTS):
+        part = start + tl.arange(0, BLOCK_PARTS)
+        offset = part.to(tl.int64)[:, None] * planes + index[None, :]
+        inside = (part < parts)[:, None] & live[None, :]
         share = tl.minimum(pixels - part * pixels_per_part, pixels_per_part) / pixels
-        shift = tl.load(origins + offset, mask=live, other=0.0) - origin
-        mean += share * (shift + tl.load(means + offset, mask=live, other=0.0))
-        offset += planes
-    squares = tl.zeros([BLOCK], tl.float32)
-    offset = index.to(tl.int64)
-    for part in range(parts):
+        shift = tl.load(origins + offset, mask=inside, other=0.0) - origin[None, :]
+        mean += tl.where(inside, share[:, None] * (shift + tl.load(means + offset, mask=inside, other=0.0)), 0.0)
+    center = tl.sum(mean, axis=0)
+    squares = tl.zeros([BLOCK_PARTS, BLOCK], tl.float32)
+    for start in range(0, parts, BLOCK_PARTS):
+        part = start + tl.arange(0, BLOCK_PARTS)
+        offset = part.to(tl.int64)[:, None] * planes + index[None, :]
+        inside = (part < parts)[:, None] & live[None, :]
         count = tl.minimum(pixels - part * pixels_per_part, pixels_per_part).to(tl.float32)
-        shift = tl.load(origins + offset, mask=live, other=0.0) - origin
-        deviation = shift + tl.load(means + offset, mask=live, other=0.0) - mean
-        squares += tl.load(moments + offset, mask=live, other=0.0) + count * deviation * deviation
-        offset += planes
-    tl.store(a + index, origin + mean, mask=live)
-    tl.store(v + index, squares / pixels, mask=live)
+        shift = tl.load(origins + offset, mask=inside, other=0.0) - origin[None, :]
+        deviation = shift + tl.load(means + offset, mask=inside, other=0.0) - center[None, :]
+        moment = tl.load(moments + offset, mask=inside, other=0.0)
+        squares += tl.where(inside, moment + count[:, None] * deviation * deviation, 0.0)
+    tl.store(a + index, origin + center, mask=live)
+    tl.store(v + index, tl.sum(squares, axis=0) / pixels, mask=live)
 
 
 def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,20 +144,24 @@ def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     pixels = height * width
     channels_last = is_channels_last(x)
     planes = channels if channels_last else samples * channels
-    # 32 values for each lane of a program: all of a small plane, or so many tiles of a large one
+    # Few kinds of blocks, as in tiling.tile_shape, of 32 values for each lane: a small plane is one; a large plane in
+    # NCHW has a warp.
+    vector = 1
     if channels_last:
         block_p = min(tiling.power_of_two(channels), 128 // x.element_size())
-        block_x = min(tiling.power_of_two(pixels), 4096 // block_p)
+        block_x = 4096 // block_p
+        whole = pixels <= block_x
     else:
-        block_x = min(tiling.power_of_two(pixels), 4096)
-        block_p = min(tiling.power_of_two(planes), 4096 // block_x)
-    whole = pixels <= block_x
+        block_x = next((block for block in (64, 256, 1024) if pixels <= block), 4096)
+        whole = block_x < 4096
+        block_p = 4096 // block_x if whole else 4
+        vector = next(v for v in (8, 4, 1) if pixels % v == 0 and v * x.element_size() <= 16 and (v < 8 or not whole))
     unroll = 1 if whole else 4
-    block_x //= unroll
+    if not whole:
+        block_x = 1024 // block_p
     groups = tiling.ceil_div(planes, block_p) * (samples if channels_last else 1)
     rounds = tiling.ceil_div(pixels, unroll * block_x)
     rounds_per_part, parts = tiling.split(rounds, groups, tiling.REDUCTION_PROGRAMS)
-    vector = 1 if channels_last else math.gcd(pixels, 16 // x.element_size())
 
     a = x.new_empty(samples, channels, dtype=torch.float32)
     v = torch.empty_like(a)
@@ -161,7 +174,7 @@ def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     if parts > 1:
         planes = samples * channels
         runtime.launch(
-            _merge_moments_kernel, tiling.ceil_div(planes, 128), x.device,
-            *outputs, a, v, planes, pixels, rounds_per_part * unroll * block_x, parts, BLOCK=128,
+            _merge_moments_kernel, tiling.ceil_div(planes, 16), x.device,
+            *outputs, a, v, planes, pixels, rounds_per_part * unroll * block_x, parts, BLOCK=16, BLOCK_PARTS=64,
         )  # fmt: skip
     return a, v

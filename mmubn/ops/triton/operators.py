@@ -11,10 +11,16 @@ from torch import Tensor
 from mmubn.ops.triton.apply import apply
 from mmubn.ops.triton.coefficients import (
     coefficients,
+    gated_coefficients,
+    gathered_coefficients,
+    own_part,
+    statistics_coefficients,
+)
+from mmubn.ops.triton.coefficients_backward import (
     coefficients_backward,
     empty_gradients,
-    gated_coefficients,
-    statistics_coefficients,
+    own_coefficients_backward,
+    statistics_backward,
 )
 from mmubn.ops.triton.input_gradient import input_gradient
 from mmubn.ops.triton.inputs import dense
@@ -27,9 +33,13 @@ __all__ = [
     'coefficients',
     'coefficients_backward',
     'gated_coefficients',
+    'gathered_coefficients',
     'input_gradient',
     'instance_moments',
+    'own_coefficients_backward',
+    'own_part',
     'similarity_sums',
+    'statistics_backward',
     'statistics_coefficients',
     'tap_sums',
 ]
@@ -65,6 +75,17 @@ def _fake_gated_coefficients(x: Tensor, a: Tensor, *_: Any) -> tuple[Tensor, ...
     return *_fake_statistics_coefficients(a), _float32(a), a.new_empty((), dtype=torch.bool)
 
 
+def _fake_own_part(x: Tensor, a: Tensor, *_: Any) -> Tensor:
+    return _float32(a, 2 * a.shape[1] + 3)
+
+
+def _fake_gathered_coefficients(
+    gathered: Tensor, a: Tensor, running_similarity: Tensor | None, *_: Any
+) -> tuple[Tensor, ...]:
+    gate = () if running_similarity is not None else (0,)
+    return *_fake_statistics_coefficients(a), _float32(a), _float32(a, *gate), a.new_empty(gate, dtype=torch.bool)
+
+
 def _fake_apply(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(dense(x))
 
@@ -89,13 +110,33 @@ def _fake_coefficients_backward(
     scale_weight: Tensor | None,
     *_: Any,
 ) -> tuple[Tensor, ...]:
-    return empty_gradients(
+    return _float32(a, *a.shape), *empty_gradients(
         _float32(a, *a.shape),
         _float32(weight, *weight.shape),
         None if neighbor_weight is None else _float32(neighbor_weight, *neighbor_weight.shape),
         None if center_weight is None else _float32(center_weight, *center_weight.shape),
         None if scale_weight is None else _float32(scale_weight, *scale_weight.shape),
     )
+
+
+def _fake_own_coefficients_backward(
+    products: Tensor, sums: Tensor, a: Tensor, mean: Tensor, var: Tensor, eps: float, *others: Any
+) -> tuple[Tensor, ...]:
+    _, *gradients = _fake_coefficients_backward(products, sums, a, mean, var, eps, None, *others)
+    return _float32(mean, 2, *mean.shape), *gradients
+
+
+def _fake_statistics_backward(
+    statistic_sums: Tensor,
+    a: Tensor,
+    mean: Tensor,
+    condensed: Tensor,
+    num_values: Tensor,
+    center_weight: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    channels = (0,) if center_weight is None else center_weight.shape
+    return _float32(a, *a.shape), _float32(a, *a.shape), _float32(a, *channels)
 
 
 def _fake_input_gradient(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
@@ -119,6 +160,19 @@ _OPERATORS = (
         ' Tensor? center_weight, Tensor? scale_weight, Tensor? scale_bias, str? scaling)'
         ' -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
         _fake_gated_coefficients,
+    ),
+    _Operator(
+        own_part,
+        '(Tensor x, Tensor a, Tensor v, int? max_samples, SymInt num_values, Tensor? center_weight) -> Tensor',
+        _fake_own_part,
+    ),
+    _Operator(
+        gathered_coefficients,
+        '(Tensor gathered, Tensor a, Tensor? running_similarity, float similarity_momentum, float threshold,'
+        ' Tensor? condensed, Tensor running_mean, Tensor running_var, float eps, float momentum,'
+        ' Tensor? center_weight, Tensor? scale_weight, Tensor? scale_bias, str? scaling)'
+        ' -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
+        _fake_gathered_coefficients,
     ),
     _Operator(
         coefficients,
@@ -145,15 +199,35 @@ _OPERATORS = (
         _fake_coefficients_backward,
     ),
     _Operator(
+        own_coefficients_backward,
+        '(Tensor products, Tensor sums, Tensor a, Tensor mean, Tensor var, float eps, Tensor scale,'
+        ' Tensor weight, Tensor? neighbor_weight, Tensor? center_weight, Tensor? scale_weight,'
+        ' Tensor? calibrated_bias, str? scaling, SymInt pixels)'
+        ' -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
+        _fake_own_coefficients_backward,
+    ),
+    _Operator(
+        statistics_backward,
+        '(Tensor statistic_sums, Tensor a, Tensor mean, Tensor condensed, Tensor num_values, Tensor? center_weight,'
+        ' Tensor own_offset, Tensor own_d_center_weight, SymInt pixels) -> (Tensor, Tensor, Tensor)',
+        _fake_statistics_backward,
+    ),
+    _Operator(
         input_gradient,
-        '(Tensor dy, Tensor x, Tensor a, Tensor scale, Tensor weight, Tensor? neighbor_weight, Tensor slope,'
-        ' Tensor offset) -> Tensor',
+        '(Tensor dy, Tensor x, Tensor? a, Tensor scale, Tensor weight, Tensor? neighbor_weight, Tensor? slope,'
+        ' Tensor? offset) -> Tensor',
         _fake_input_gradient,
     ),
 )
 
-if hasattr(torch.library, 'custom_op'):  # torch 2.4
+# The layout is flexible: Inductor hands tensors over as it has them, where it would else copy x to the strides of the
+# trace for each operator. Not by torch.library.custom_op, which up to torch 2.7 takes no tags, and adds 25 microseconds
+# of checks to each call.
+_TAGS = tuple(getattr(torch.Tag, tag) for tag in ('pt2_compliant_tag', 'flexible_layout') if hasattr(torch.Tag, tag))
+
+if hasattr(torch.library, 'register_fake'):  # torch 2.4
     for _operator in _OPERATORS:
-        torch.library.custom_op(
-            f'mmubn::{_operator.function.__name__}', _operator.function, mutates_args=(), schema=_operator.schema
-        ).register_fake(_operator.fake)
+        _name = f'mmubn::{_operator.function.__name__}'
+        torch.library.define(_name, _operator.schema, tags=_TAGS)
+        torch.library.impl(_name, 'default', _operator.function)
+        torch.library.register_fake(_name, _operator.fake)

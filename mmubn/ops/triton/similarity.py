@@ -8,19 +8,23 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from mmubn.ops.triton import runtime, tiling
 from mmubn.ops.triton.device import is_finite, jit, load_block, tl
 from mmubn.ops.triton.inputs import dense_input, fail, float32
 
-__all__ = ['SimilarityParts', 'add_similarities', 'similarity_parts', 'similarity_sums']
+__all__ = ['SIMILARITY_PARTS', 'SimilarityParts', 'add_similarities', 'similarity_parts', 'similarity_sums']
 
 # Partial sums: as many as one program adds up in one go.
 SIMILARITY_PARTS = 1024
 
 
-@jit(do_not_specialize=['samples', 'rounds'])
+@jit(
+    do_not_specialize=['samples', 'rounds'],
+    do_not_specialize_on_alignment=['a', 'v', 'inverse_norms', 'partial'],
+)
 def _similarity_kernel(
     x, a, v, inverse_norms, partial, samples, channels, pixels, values, rounds,
     UNROLL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -76,7 +80,10 @@ def add_similarities(partial, inverse_norms, parts, samples, BLOCK: tl.constexpr
     return total, samples.to(tl.float32) * (samples - 1).to(tl.float32)
 
 
-@jit(do_not_specialize=['parts', 'samples'])
+@jit(
+    do_not_specialize=['parts', 'samples'],
+    do_not_specialize_on_alignment=['partial', 'inverse_norms', 'sums'],
+)
 def _similarity_sums_kernel(
     partial, inverse_norms, sums, parts, samples, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
@@ -88,8 +95,8 @@ def _similarity_sums_kernel(
 class SimilarityParts(NamedTuple):
     """What :func:`add_similarities` adds up."""
 
-    partial: Tensor  # sums of (sum_n f_n / ||f_n||)^2, (parts,)
-    inverse_norms: Tensor  # 1 / ||f_n||, (parts, samples), all rows alike
+    partial: Tensor | None  # sums of (sum_n f_n / ||f_n||)^2, (parts,); None, as the norms, where there is none
+    inverse_norms: Tensor | None  # 1 / ||f_n||, (parts, samples), all rows alike
     parts: int
     samples: int
 
@@ -104,7 +111,8 @@ def similarity_parts(x: Tensor, a: Tensor, v: Tensor, max_samples: int) -> Simil
     v = float32(v, 'v', x.device, samples, channels)
     samples = min(samples, max_samples)
     values = channels * height * width
-    block = min(tiling.power_of_two(values), 1024)
+    # The same blocks for every map and number of channels: each other one would be compiled.
+    block = 1024
     # Each program reads a and v besides its share of x: the smaller the map, the fewer programs.
     most = min(SIMILARITY_PARTS, max(64, height * width * x.element_size() // 16))
     rounds = tiling.ceil_div(tiling.ceil_div(values, block), most)
@@ -112,7 +120,7 @@ def similarity_parts(x: Tensor, a: Tensor, v: Tensor, max_samples: int) -> Simil
     inverse_norms = a.new_empty(parts, samples)
     partial = a.new_empty(parts)
     block_n = min(tiling.power_of_two(samples), 16)
-    block_c = min(tiling.power_of_two(channels), 2048 // block_n)
+    block_c = 2048 // block_n
     runtime.launch(
         _similarity_kernel, parts, x.device,
         x, a, v, inverse_norms, partial, samples, channels, float(height * width), values, rounds,
@@ -136,10 +144,10 @@ def similarity_sums(x: Tensor, a: Tensor, v: Tensor, max_samples: int) -> Tensor
         ``(sum, number)``, (2,), float32. The sum is NaN where a norm is not finite.
     """
     similarities = similarity_parts(x, a, v, max_samples)
-    sums = similarities.partial.new_empty(2)
+    sums = x.new_empty(2, dtype=torch.float32)
     runtime.launch(
         _similarity_sums_kernel, 1, x.device,
         similarities.partial, similarities.inverse_norms, sums, similarities.parts, similarities.samples,
-        BLOCK=tiling.power_of_two(similarities.parts), BLOCK_N=tiling.power_of_two(similarities.samples),
+        BLOCK=SIMILARITY_PARTS, BLOCK_N=tiling.power_of_two(similarities.samples),
     )  # fmt: skip
     return sums

@@ -17,39 +17,55 @@ __all__ = ['tap_sums']
 
 
 @jit
-def _sum_with_neighbor(window, shift_h: tl.constexpr, shift_w: tl.constexpr, h, w, height, width, K: tl.constexpr,
-                       ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr):  # fmt: skip
-    """Of the pixels of a tile the sum of those whose neighbor, shifted so, is in the map; a window is 0 outside it."""
+def _sums_of_columns(window, shift: tl.constexpr, h, height, K: tl.constexpr, ROWS: tl.constexpr,
+                     COLUMNS: tl.constexpr, TAIL: tl.constexpr):  # fmt: skip
+    """Of each column of a tile, the sum of the pixels whose neighbor ``shift`` rows below is in the map; a window is 0
+    outside it."""
     pad: tl.constexpr = K // 2
-    total = tl.zeros(window[0].shape, tl.float32)
-    # The inner pixels come first: up to the border, sums for different shifts are the same, and computed once.
+    sums = ()
     for column in tl.static_range(pad, COLUMNS + pad):
-        column_total = tl.zeros(window[0].shape, tl.float32)
-        for row in tl.static_range(pad, ROWS + pad):
-            value = window[(row % ROWS + pad) * (COLUMNS + K - 1) + column % COLUMNS + pad]
-            if row % ROWS + shift_h < 0:
-                value = tl.where((h + (row % ROWS + shift_h) >= 0)[None, :], value, 0.0)
-            if row % ROWS + shift_h >= ROWS or (TAIL and shift_h > 0):
-                value = tl.where((h + (row % ROWS + shift_h) < height)[None, :], value, 0.0)
-            column_total += value
-        if column % COLUMNS + shift_w < 0:
-            column_total = tl.where((w + (column % COLUMNS + shift_w) >= 0)[None, :], column_total, 0.0)
-        if column % COLUMNS + shift_w >= COLUMNS:
-            column_total = tl.where((w + (column % COLUMNS + shift_w) < width)[None, :], column_total, 0.0)
-        total += column_total
+        total = tl.zeros(window[0].shape, tl.float32)
+        # The inner pixels come first: up to the border, sums for different shifts are the same, and computed once.
+        for i in tl.static_range(pad, ROWS + pad):
+            value = window[(i % ROWS + pad) * (COLUMNS + K - 1) + column]
+            if i % ROWS + shift < 0:
+                value = tl.where((h + (i % ROWS + shift) >= 0)[None, :], value, 0.0)
+            if i % ROWS + shift >= ROWS or (TAIL > 0 and shift > 0):
+                value = tl.where((h + (i % ROWS + shift) < height)[None, :], value, 0.0)
+            total += value
+        sums += (total,)
+    return sums
+
+
+@jit
+def _sum_of_columns(columns, first: tl.constexpr, shift: tl.constexpr, w, width, PAD: tl.constexpr,
+                    COLUMNS: tl.constexpr, TAIL: tl.constexpr):  # fmt: skip
+    """Of a tile's sums of columns, those from number ``first`` on, the sum of those whose neighbor ``shift`` columns to
+    the right is in the map."""
+    total = tl.zeros(columns[0].shape, tl.float32)
+    for i in tl.static_range(PAD, COLUMNS + PAD):
+        value = columns[first + i % COLUMNS]
+        if i % COLUMNS + shift < 0:
+            value = tl.where((w + (i % COLUMNS + shift) >= 0)[None, :], value, 0.0)
+        if i % COLUMNS + shift >= COLUMNS or (TAIL == 2 and shift > 0):
+            value = tl.where((w + (i % COLUMNS + shift) < width)[None, :], value, 0.0)
+        total += value
     return total
 
 
-@jit(do_not_specialize=['samples', 'height', 'column_groups', 'tiles_per_part', 'parts'])
+@jit(
+    do_not_specialize=['samples', 'height', 'width', 'tiles_per_part', 'parts'],
+    do_not_specialize_on_alignment=['center', 'products_out', 'sums_out'],
+)
 def _tap_sums_kernel(
     x, dy, center, products_out, sums_out,
-    samples, channels, height, column_groups, tiles_per_part, parts,
+    samples, channels, height, width, tiles_per_part, parts,
     K: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """With q = p + t, ``products_t = sum_q (x(q) - center) dy(q - t)``: x is loaded once, and dy is 0 outside."""
-    part, index, plane_live, first, width, stride_h, stride_w, begin, end = place_tiles(
-        samples, channels, height, column_groups, tiles_per_part, parts, CHANNELS_LAST, ROWS, COLUMNS, BLOCK_P
+    part, index, plane_live, first, column_groups, width, stride_h, stride_w, begin, end = place_tiles(
+        samples, channels, height, width, tiles_per_part, parts, CHANNELS_LAST, ROWS, COLUMNS, BLOCK_P
     )
     c = tl.load(center + index, mask=plane_live, other=0.0)[:, None]
     products = ()
@@ -60,7 +76,7 @@ def _tap_sums_kernel(
 
     for start in range(begin, end, BLOCK_Q):
         h, w, pixel, live = lanes(
-            first, plane_live, start, end, height, column_groups, stride_h, stride_w, ROWS, COLUMNS, BLOCK_Q
+            first, plane_live, start, end, column_groups, stride_h, stride_w, ROWS, COLUMNS, BLOCK_Q
         )
         tile = load_window(
             x + pixel, live, h, w, height, width, stride_h, stride_w, 1, CHANNELS_LAST, ROWS, COLUMNS, TAIL
@@ -72,6 +88,9 @@ def _tap_sums_kernel(
         window = ()
         for i in tl.static_range((ROWS + K - 1) * (COLUMNS + K - 1)):
             window += (raw[i].to(tl.float32),)
+        columns = ()
+        for i in tl.static_range(K):
+            columns += _sums_of_columns(window, i - K // 2, h, height, K, ROWS, COLUMNS, TAIL)
 
         new_products = ()
         new_sums = ()
@@ -83,10 +102,8 @@ def _tap_sums_kernel(
                         neighbor = window[(r + K - 1 - i) * (COLUMNS + K - 1) + column + K - 1 - j]
                         total += centred[r * COLUMNS + column] * neighbor
                 new_products += (total,)
-                new_sums += (
-                    sums[i * K + j]
-                    + _sum_with_neighbor(window, i - K // 2, j - K // 2, h, w, height, width, K, ROWS, COLUMNS, TAIL),
-                )
+                of_tile = _sum_of_columns(columns, i * COLUMNS, j - K // 2, w, width, K // 2, COLUMNS, TAIL)
+                new_sums += (sums[i * K + j] + of_tile,)
         products = new_products
         sums = new_sums
 
@@ -96,19 +113,25 @@ def _tap_sums_kernel(
         tl.store(sums_out + index + t, tl.sum(sums[t], axis=1), mask=plane_live)
 
 
-@jit(do_not_specialize=['values', 'parts'])
-def _merge_tap_sums_kernel(products_parts, sums_parts, products, sums, values, parts, BLOCK: tl.constexpr):
+@jit(
+    do_not_specialize=['values', 'parts'],
+    do_not_specialize_on_alignment=['products_parts', 'sums_parts', 'products', 'sums'],
+)
+def _merge_tap_sums_kernel(
+    products_parts, sums_parts, products, sums, values, parts, BLOCK: tl.constexpr, BLOCK_PARTS: tl.constexpr
+):  # fmt: skip
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = index < values
-    offset = index
-    products_total = tl.zeros([BLOCK], tl.float32)
-    sums_total = tl.zeros([BLOCK], tl.float32)
-    for _ in range(parts):
-        products_total += tl.load(products_parts + offset, mask=live, other=0.0)
-        sums_total += tl.load(sums_parts + offset, mask=live, other=0.0)
-        offset += values
-    tl.store(products + index, products_total, mask=live)
-    tl.store(sums + index, sums_total, mask=live)
+    products_total = tl.zeros([BLOCK_PARTS, BLOCK], tl.float32)
+    sums_total = tl.zeros([BLOCK_PARTS, BLOCK], tl.float32)
+    for start in range(0, parts, BLOCK_PARTS):
+        part = start + tl.arange(0, BLOCK_PARTS)
+        offset = part.to(tl.int64)[:, None] * values + index[None, :]
+        inside = (part < parts)[:, None] & live[None, :]
+        products_total += tl.load(products_parts + offset, mask=inside, other=0.0)
+        sums_total += tl.load(sums_parts + offset, mask=inside, other=0.0)
+    tl.store(products + index, tl.sum(products_total, axis=0), mask=live)
+    tl.store(sums + index, tl.sum(sums_total, axis=0), mask=live)
 
 
 def tap_sums(x: Tensor, dy: Tensor, center: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
@@ -130,7 +153,7 @@ def tap_sums(x: Tensor, dy: Tensor, center: Tensor, kernel_size: int) -> tuple[T
     center = float32(center, 'center', x.device, samples, channels)
     products = center.new_empty(samples, channels, taps)
     sums = torch.empty_like(products)
-    tiles = tiling.tile(x, kernel_size, tiling.REDUCTION_PROGRAMS)
+    tiles = tiling.tile(x, kernel_size, tiling.REDUCTION_PROGRAMS, accumulates=True)
     parts = tiles.arguments.parts
     outputs: tuple[Tensor, ...] = (products, sums)
     if parts > 1:
@@ -142,7 +165,7 @@ def tap_sums(x: Tensor, dy: Tensor, center: Tensor, kernel_size: int) -> tuple[T
     if parts > 1:
         values = products.numel()
         runtime.launch(
-            _merge_tap_sums_kernel, tiling.ceil_div(values, 256), x.device,
-            *outputs, products, sums, values, parts, BLOCK=256,
+            _merge_tap_sums_kernel, tiling.ceil_div(values, 64), x.device,
+            *outputs, products, sums, values, parts, BLOCK=64, BLOCK_PARTS=32,
         )  # fmt: skip
     return products, sums

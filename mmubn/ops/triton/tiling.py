@@ -50,7 +50,7 @@ class MapArguments(NamedTuple):
     samples: int
     channels: int
     height: int
-    column_groups: int  # width // COLUMNS
+    width: int
     tiles_per_part: int
     parts: int
 
@@ -63,62 +63,67 @@ class Tiling(NamedTuple):
     constants: dict[str, int | bool]  # after its other arguments; with num_warps
 
 
-def tile(x: Tensor, kernel_size: int, programs: int) -> Tiling:
+def tile(x: Tensor, kernel_size: int, programs: int, accumulates: bool = False) -> Tiling:
     """:func:`tile_shape` of a dense x."""
-    return tile_shape(x.shape, is_channels_last(x), x.element_size(), kernel_size, programs)
+    return tile_shape(x.shape, is_channels_last(x), x.element_size(), kernel_size, programs, accumulates)
 
 
 @functools.lru_cache(maxsize=4096)
-def tile_shape(shape: torch.Size, channels_last: bool, bytes_each: int, kernel_size: int, programs: int) -> Tiling:
+def tile_shape(
+    shape: torch.Size, channels_last: bool, bytes_each: int, kernel_size: int, programs: int, accumulates: bool = False
+) -> Tiling:
     """The tiles of a map for a kernel that needs the ``kernel_size`` x ``kernel_size`` neighbourhood of each pixel.
 
     A lane owns a tile of ROWS x COLUMNS pixels at a time: the larger the tile, the fewer values around it are loaded
-    for other lanes too; all of it is in registers. In NCHW, COLUMNS is what one load of up to 16 bytes takes. In
-    channels-last a lane has two channels, or one for a large kernel. COLUMNS divides the width.
-    With k = 1 there is no neighbourhood: the map is one long row.
+    for other lanes too; all of it is in registers, beside the sums of a kernel that ``accumulates``. With k = 1 there
+    is no neighbourhood: the map is one long row. In NCHW, COLUMNS divides the width.
+
+    Few kinds of tiles, since each is compiled, for seconds: sizes of the map, of which detection has hundreds, choose
+    among them by what divides them, and where nothing does, tiles have a TAIL beyond the map.
     """
     samples, channels, height, width = shape
     if kernel_size == 1:
         height, width = 1, height * width
-    planes = channels if channels_last else samples * channels
     if channels_last:
-        # of those that need about as many loads for a value the one of the tallest tile
-        columns = next(c for c in ((4, 5, 6, 7, 3, 2, 1) if kernel_size <= 3 else (2, 1)) if width % c == 0)
+        rows, columns = _channels_last_tile(height, width, kernel_size, accumulates)
+        tiles = ceil_div(height, rows) * ceil_div(width, columns)
+        tail = 2 if rows == 5 or height % rows or width % columns else 0
+        # A lane has two channels, or one for a large kernel.
         vector = {1: 16 // bytes_each, 3: 2, 5: 2, 7: 1}[kernel_size]
-    else:
-        # No more than one load takes: columns stored one by one would each write to every sector of a row.
-        columns = math.gcd(width, 16 // bytes_each if kernel_size <= 3 else 4 if kernel_size == 5 else 2)
-        vector = 1
-    # Triton compiles larger tiles in NCHW slowly.
-    rows = min(8 if kernel_size <= 3 else 4, (49 if channels_last else 32) // columns)
-    # A tail costs more than a tile a little lower.
-    rows = next((r for r in range(rows, rows // 2, -1) if height % r == 0), min(rows, height))
-
-    column_groups = width // columns
-    tiles = ceil_div(height, rows) * column_groups
-    if channels_last:
         block_p = min(power_of_two(channels), (128 if kernel_size <= 3 else 64) // bytes_each)
         block_q = min(power_of_two(tiles), 128 * vector // block_p)
+        groups = ceil_div(channels, block_p) * samples
     else:
-        # Few lanes for a plane leave few idle and little to add up, but neighbours should fill a sector of memory.
-        choices = [lanes for lanes in (8, 16, 32) if lanes * columns * bytes_each >= 32]
-        block_q = min(power_of_two(tiles), min(choices, key=lambda lanes: (ceil_div(tiles, lanes) * lanes, lanes)))
-        block_p = min(power_of_two(planes), 128 // block_q)
-    num_warps = max(1, block_p * block_q // (32 * vector))
-
-    groups = ceil_div(planes, block_p) * (samples if channels_last else 1)
+        # What one load of up to 16 bytes takes: columns stored one by one would each write to every sector of a row.
+        columns = math.gcd(width, 16 // bytes_each if kernel_size <= 3 else 4 if kernel_size == 5 else 2)
+        rows = 1 if kernel_size == 1 else 4 if columns == 8 or kernel_size > 3 else 7
+        tiles = ceil_div(height, rows) * (width // columns)
+        tail = 1 if columns == 1 or height % rows else 0
+        # Few lanes for a plane leave few idle and little to add up.
+        vector, block_p, block_q = 1, 16, 8
+        groups = ceil_div(samples * channels, block_p)
     rounds_per_part, parts = split(ceil_div(tiles, block_q), groups, programs)
     return Tiling(
         programs=groups * parts,
-        arguments=MapArguments(samples, channels, height, column_groups, rounds_per_part * block_q, parts),
+        arguments=MapArguments(samples, channels, height, width, rounds_per_part * block_q, parts),
         constants=dict(
             K=kernel_size,
             CHANNELS_LAST=channels_last,
             ROWS=rows,
             COLUMNS=columns,
-            TAIL=height % rows > 0,
+            TAIL=tail,
             BLOCK_P=block_p,
             BLOCK_Q=block_q,
-            num_warps=num_warps,
+            num_warps=max(1, block_p * block_q // (32 * vector)),
         ),
     )
+
+
+def _channels_last_tile(height: int, width: int, kernel_size: int, accumulates: bool) -> tuple[int, int]:
+    """ROWS and COLUMNS. Those of (5, 4), for maps that no other tile divides, are always taken to have a tail."""
+    if kernel_size == 1:
+        return 1, 4
+    if kernel_size > 3:
+        return 4, 2
+    choices = [(4, 4), (7, 7)] if accumulates else [(8, 4), (4, 4), (7, 7)]
+    return next(((r, c) for r, c in choices if height % r == 0 and width % c == 0), (5, 4))
