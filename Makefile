@@ -2,17 +2,19 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(abspath $(VENV))/bin
+USER_PATH := $(PATH)
 export PATH := $(BIN):$(PATH)
 
 RESULTS := OMP_NUM_THREADS=1 $(BIN)/python tools/analysis_tools/compare_norms.py configs/sweeps/digits.yml --jobs 2 --sweeps
 
-.PHONY: help setup demo demo-classification results-classification results-ablation results-condensation results-detection test test-all lint lock clean
+.PHONY: help setup check-gpu demo demo-classification results-classification results-ablation results-condensation results-detection test test-all lint lock clean
 
 help:
 	@echo 'make demo   train a small Mask R-CNN with UBN on real digits and evaluate it (results in work_dirs/demo)'
 	@echo 'make demo-classification   train a small ResNet with BN and with UBN on real digits and compare them'
 	@echo 'make results-NAME   the runs of docs/results.md; NAME is classification, ablation, condensation or detection'
 	@echo 'make test   run the tests; make test-all also runs the few that take minutes'
+	@echo 'make check-gpu   see whether the layers are right and fast on this GPU, with a PYTHON that has torch, Triton, pytest'
 	@echo 'make lint   run ruff, codespell and mypy'
 	@echo 'make setup  only make the environment ($(VENV)); VENV=dir and PYTHON=python3.x choose another'
 	@echo 'make lock   resolve requirements/*.in again (needs uv)'
@@ -51,6 +53,10 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+# With the Python of the user, who has a torch for the GPU: no environment is made.
+check-gpu:
+	@PATH='$(USER_PATH)' $(PYTHON) tools/check_gpu.py $(CHECK_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
