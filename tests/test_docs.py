@@ -174,17 +174,21 @@ READS_AND_WRITES = {
     'tools/train.py': ('', ''),
     'tools/test.py': ('checkpoint', 'out'),
     'tools/demo_classification.py': ('', ''),
+    'tools/misc/compile_kernels.py': ('', ''),
     'tools/misc/print_config.py': ('', 'save_path'),
     'tools/dataset_converters/digits_to_coco.py': ('', 'out_dir'),
     'tools/dataset_converters/digits_to_imagefolder.py': ('', 'out_dir'),
     'tools/model_converters/convert_norm.py': ('src', 'dst'),
     'tools/analysis_tools/benchmark_norm.py': ('', 'out'),
     'tools/analysis_tools/compare_norms.py': ('sweeps_file', 'work_dir'),
+    'tools/analysis_tools/count_launches.py': ('', ''),
+    'tools/analysis_tools/host_time.py': ('', ''),
     'tools/analysis_tools/inspect_kernels.py': ('', ''),
     'tools/analysis_tools/make_report.py': ('work_dir', 'out'),
     'tools/analysis_tools/plot_condensation.py': ('runs', 'out'),
     'tools/analysis_tools/plot_curves.py': ('runs', 'out'),
     'tools/analysis_tools/time_to_accuracy.py': ('reference runs', 'out'),
+    'tools/check_gpu.py': ('', 'out'),
 }
 
 

@@ -1,7 +1,11 @@
 """What the tools compute and draw. Import each module by itself: this one imports nothing.
 
 - :mod:`~mmubn.analysis.benchmark`: time and memory of norm layers; needs torch alone.
+- :mod:`~mmubn.analysis.gpu_check`: whether the layers are right and fast on a GPU; needs torch, Triton and pytest.
+- :mod:`~mmubn.analysis.launches`: how many kernels a layer launches on a GPU; needs torch alone.
 - :mod:`~mmubn.analysis.machine_code`: the machine code of the GPU kernels; needs torch with Triton.
+- :mod:`~mmubn.analysis.config_launches`: what the norms of a config launch on a GPU; needs OpenMMLab and Triton.
+- :mod:`~mmubn.analysis.kernel_cache`: those kernels compiled before a run; needs torch with Triton.
 - :mod:`~mmubn.analysis.runs`: what runs left in their work dirs.
 - :mod:`~mmubn.analysis.sweeps`: sweep files.
 - :mod:`~mmubn.analysis.comparison`: the runs of a sweep compared.

@@ -60,9 +60,11 @@ class Parameters(NamedTuple):
 
     def by_channel(self) -> Parameters:
         """With a row of neighbor taps for each channel."""
-        if self.neighbor_weight is None:
+        weight, bias, neighbor_weight, *rectifications = self
+        if neighbor_weight is None:
             return self
-        return self._replace(neighbor_weight=self.neighbor_weight.view(len(self.weight), -1))
+        # Not _replace, which torch.compile (2.7) cannot trace.
+        return Parameters(weight, bias, neighbor_weight.view(len(weight), -1), *rectifications)
 
     def detach(self) -> Parameters:
         """The same values without gradients of any kind."""

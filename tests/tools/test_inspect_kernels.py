@@ -19,18 +19,19 @@ def test_the_launches_of_a_training_step():
     def names(shape, memory_format):
         return [kernel_name(launch) for launch in launches_of_a_step(shape, torch.bfloat16, memory_format, 3)]
 
-    whole = ['moments', 'similarity', 'coefficients', 'apply', 'tap_sums', 'coefficients_backward', 'input_gradient']
+    forward = ['moments', 'similarity', 'coefficients', 'copy_statistics', 'apply']
+    whole = [*forward, 'tap_sums', 'coefficients_backward', 'input_gradient']
     assert names((64, 512, 7, 7), torch.contiguous_format) == whole
     split = names((64, 64, 56, 56), torch.channels_last)
-    assert split == [*whole[:1], 'merge_moments', *whole[1:5], 'merge_tap_sums', *whole[5:]]
+    assert split == [*whole[:1], 'merge_moments', *whole[1:6], 'merge_tap_sums', *whole[6:]]
 
 
 def test_instructions_are_counted_by_loops():
     """100 instructions of which 60 are a loop of three rounds, in 2 programs of 32 lanes, for 64 values."""
-    launch = launches_of_a_step((1, 1, 1, 24), torch.float32, torch.contiguous_format, 1)[3]
+    launch = launches_of_a_step((1, 1, 1, 24), torch.float32, torch.contiguous_format, 1)[4]
     assert kernel_name(launch) == 'apply'
     arguments = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
-    arguments['tiles_per_part'] = 3 * launch.constants['BLOCK_Q']
+    arguments['width'] = 3 * launch.constants['BLOCK_Q'] * launch.constants['COLUMNS']
     launch = launch._replace(programs=2, num_warps=1, arguments=tuple(arguments.values()))
     code = Code(registers=1, shared=0, spills=0, instructions=100, loops=[60, 20])
     assert instructions_per_value(launch, code, 64) == 100 + 2 * 60
