@@ -215,6 +215,18 @@ def test_alignment_of_parameters_compiles_nothing_new(layout):
     assert len(variants) == 1
 
 
+def test_only_maps_count_by_their_alignment():
+    """What is not of the size of x may be anywhere: a replay relies on that."""
+    numbers = {'channels', 'pixels', 'values', 'num_values', 'correction', 'threshold'}
+    numbers |= {'eps', 'momentum', 'similarity_momentum'}
+    kernels = {name: value for module in MODULES for name, value in vars(module).items() if name.endswith('_kernel')}
+    assert len(kernels) > 10
+    for name, kernel in kernels.items():
+        free = [each for each in kernel.params if each.is_constexpr or each.do_not_specialize]
+        aligned = {each.name for each in kernel.params if each not in free and not each.do_not_specialize_on_alignment}
+        assert aligned - numbers <= {'x', 'dy', 'y', 'dx'}, name
+
+
 # What is read and copied
 
 

@@ -91,7 +91,10 @@ def merge(gathered, channel, channels, processes, BLOCK_P: tl.constexpr, BLOCK_C
     return mean, var, num_values, tl.sum(total, axis=0), tl.sum(pairs, axis=0)
 
 
-@jit(do_not_specialize=['samples', 'parts', 'paired_samples'])
+@jit(
+    do_not_specialize=['samples', 'parts', 'paired_samples'],
+    do_not_specialize_on_alignment=['a', 'v', 'center_weight', 'partial', 'inverse_norms', 'part'],
+)
 def _own_part_kernel(
     a, v, center_weight, partial, inverse_norms, part, samples, channels, num_values, parts, paired_samples,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -115,7 +118,31 @@ def _own_part_kernel(
     tl.store(part + 2 * channels + 2, pairs, mask=is_first)
 
 
-@jit(do_not_specialize=['samples', 'processes', 'parts', 'paired_samples'])
+@jit(
+    do_not_specialize=['samples', 'processes', 'parts', 'paired_samples'],
+    do_not_specialize_on_alignment=[
+        'a',
+        'v',
+        'gathered',
+        'mean',
+        'var',
+        'condensed',
+        'center_weight',
+        'scale_weight',
+        'scale_bias',
+        'center',
+        'scale',
+        'mean_out',
+        'var_out',
+        'new_mean',
+        'new_var',
+        'num_values_out',
+        'partial',
+        'inverse_norms',
+        'tau',
+        'new_tau',
+    ],
+)
 def _coefficients_kernel(
     a, v, gathered, mean, var, condensed, center_weight, scale_weight, scale_bias,
     center, scale, mean_out, var_out, new_mean, new_var, num_values_out,

@@ -46,7 +46,32 @@ def add_through_statistics(
     return sum_w_m
 
 
-@jit(do_not_specialize=['samples'])
+@jit(
+    do_not_specialize=['samples'],
+    do_not_specialize_on_alignment=[
+        'products',
+        'sums',
+        'a',
+        'mean',
+        'var',
+        'condensed',
+        'scale',
+        'weight',
+        'neighbor_weight',
+        'center_weight',
+        'scale_weight',
+        'calibrated_bias',
+        'statistic_sums',
+        'slope',
+        'offset',
+        'd_weight',
+        'd_bias',
+        'd_neighbor_weight',
+        'd_center_weight',
+        'd_scale_weight',
+        'd_scale_bias',
+    ],
+)
 def _coefficients_backward_kernel(
     products, sums, a, mean, var, condensed, scale,
     weight, neighbor_weight, center_weight, scale_weight, calibrated_bias,
@@ -159,7 +184,22 @@ def _coefficients_backward_kernel(
         tl.store(d_scale_bias + channel, sum_w_b, mask=live)
 
 
-@jit(do_not_specialize=['samples'])
+@jit(
+    do_not_specialize=['samples'],
+    do_not_specialize_on_alignment=[
+        'statistic_sums',
+        'a',
+        'mean',
+        'condensed',
+        'num_values',
+        'center_weight',
+        'own_offset',
+        'own_d_center_weight',
+        'slope',
+        'offset',
+        'd_center_weight',
+    ],
+)
 def _statistics_backward_kernel(
     statistic_sums, a, mean, condensed, num_values, center_weight, own_offset, own_d_center_weight,
     slope, offset, d_center_weight, samples, channels, pixels, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,

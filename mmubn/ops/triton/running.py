@@ -14,7 +14,9 @@ from mmubn.ops.triton.device import jit, load_parameter, tl
 __all__ = ['copy_statistics']
 
 
-@jit
+@jit(
+    do_not_specialize_on_alignment=['mean', 'var', 'tau', 'condensed', 'mean_out', 'var_out', 'tau_out', 'count'],
+)
 def _copy_statistics_kernel(
     mean, var, tau, condensed, mean_out, var_out, tau_out, count, channels, BLOCK: tl.constexpr
 ):  # fmt: skip
