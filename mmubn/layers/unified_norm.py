@@ -236,19 +236,23 @@ class UnifiedNorm(nn.BatchNorm2d):
 
     def _replay(self, x: Tensor, backend: Backend, form: Form, parameters: Parameters) -> Tensor | None:
         """The output by launches like those of an earlier step; None where there is more to do than to launch."""
-        kind = type(self)
         if torch.compiler.is_compiling() or x.numel() == 0 or self._calls.may_run_again():
             return None
         gate, moves = None, False
         if not self._uses_batch():
             running = Running(*self._running_mean_and_var(x), 0.0)
-        elif kind._gate is UnifiedNorm._gate and kind._decide is UnifiedNorm._decide and self._processes() is None:
+        elif self._takes_own_steps() and self._processes() is None:
             gate = self._own_gate(x)
             running, moves = self._running(x, gate), self._moves()
         else:
             return None
         count = self._own('num_batches_tracked')
         return ops.replayed_norm(backend, form, ops.Forward(x, parameters, gate, running, moves, count))
+
+    def _takes_own_steps(self) -> bool:
+        """Whether nothing replaces a step of this class: a subclass, or a method of the layer itself."""
+        gate, decide = (getattr(method, '__func__', None) for method in (self._gate, self._decide))
+        return gate is UnifiedNorm._gate and decide is UnifiedNorm._decide
 
     def _has_running_statistics(self) -> bool:
         return self._own('running_mean') is not None or self._own('running_var') is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any, NamedTuple
 
@@ -53,10 +54,11 @@ def _switch_of_environment() -> Switch | None:
 _switch = _switch_of_environment()
 
 
-class use_backend:  # noqa: N801 - called like a function, as torch.set_grad_enabled is
+class use_backend(contextlib.ContextDecorator):  # noqa: N801 - called like a function, as torch.set_grad_enabled is
     """Let every layer of this process compute by the backend ``name``, from now on or within a context.
 
-    ``use_backend('torch')`` holds until the next call; ``with use_backend('torch'): ...`` ends as it began.
+    ``use_backend('torch')`` holds until the next call; ``with use_backend('torch'): ...`` ends as it began, and
+    so does a call of a function with ``@use_backend('torch')``.
     ``use_backend(None)`` leaves the choice to the rule again, also where the environment variable MMUBN_BACKEND, which
     does the same from the start of a process, says otherwise.
 
@@ -69,14 +71,21 @@ class use_backend:  # noqa: N801 - called like a function, as torch.set_grad_ena
 
     def __init__(self, name: str | None) -> None:
         global _switch
-        if name is not None and name not in BACKENDS:
+        if name is not None and (not isinstance(name, str) or name not in BACKENDS):
             raise ValueError(f'there is no backend {name!r}: expected one of {", ".join(BACKENDS)}, or None.')
-        self._before = _switch
+        self._before: Switch | None = _switch
         self._switch = _switch = None if name is None else Switch(name, f'use_backend({name!r})')
+
+    def __call__(self, function: Any) -> Any:
+        """Decorate a function: only within its calls."""
+        global _switch
+        _switch = self._before
+        return super().__call__(function)
 
     def __enter__(self) -> None:
         global _switch
-        _switch = self._switch
+        if _switch is not self._switch:  # not at once after the call
+            self._before, _switch = _switch, self._switch
 
     def __exit__(self, *_: object) -> None:
         global _switch
@@ -107,7 +116,10 @@ def name_and_reason(x: Tensor, kernel_size: int) -> tuple[str, str]:
     if (observer := _observer(x)) is not None:
         return 'reference', f'{observer} needs plain operators'
     if _switch is not None:
-        problem = BACKENDS[_switch.backend].problem(x, kernel_size)
+        if _switch.backend in ('cpp', 'triton') and (torch.jit.is_tracing() or is_exporting()):
+            problem: str | None = 'an export needs plain operators'
+        else:
+            problem = BACKENDS[_switch.backend].problem(x, kernel_size)
         if problem is not None:
             raise ValueError(f'{problem}; {_switch.source} leaves no other.')
         return _switch

@@ -21,9 +21,12 @@ from mmubn.ops.types import Buffers, Coefficients, Form, Gate, Parameters, Runni
 
 __all__ = ['Forward', 'Step', 'replayed_norm']
 
-MOST_STEPS = 2**12
+# Detection with images of all sizes has about 6,000; each takes some 10 KB.
+MOST_STEPS = 2**13
+TRIES = 3  # to record a step, since tensors that share memory say nothing of those of another layer
 _steps: dict[tuple, Step] = {}
 _PLAIN = (Tensor, nn.Parameter)
+_DTYPES_OF_GATES = torch.bool, torch.float32  # of a decision, and of a running similarity
 
 
 class Forward(NamedTuple):
@@ -51,15 +54,20 @@ def replayed_norm(backend: Backend, form: Form, forward: Forward) -> Tensor | No
     """
     x, parameters, gate, running, moves, num_batches = forward
     device = x.device
-    for vector in (*parameters, running.mean, running.var):
+    tensor_of_gate = _tensor_of(gate)
+    for vector in (*parameters, running.mean, running.var, tensor_of_gate, num_batches):
         if vector is not None and not (
-            vector.dtype is torch.float32
-            and type(vector) in _PLAIN
-            and vector.is_contiguous()
+            type(vector) in _PLAIN
             and vector.device == device
+            and vector.is_contiguous()
             and not vector.is_neg()
+            and (vector.dtype is torch.float32 or vector is num_batches or vector is tensor_of_gate)
         ):
             return None
+    if num_batches is not None and num_batches.dtype is not torch.int64:
+        return None
+    if tensor_of_gate is not None and tensor_of_gate.dtype is not _DTYPES_OF_GATES[isinstance(gate, Gate)]:
+        return None
     in_memory = not (x.is_neg() or x._is_zerotensor())
     if isinstance(running.momentum, Tensor) or not in_memory or runtime.is_recording():
         return None
@@ -72,7 +80,7 @@ def replayed_norm(backend: Backend, form: Form, forward: Forward) -> Tensor | No
     step = _steps.get(key)
     if step is None:
         if len(_steps) >= MOST_STEPS:
-            _steps.clear()
+            del _steps[next(iter(_steps))]  # the oldest
         step = _steps[key] = Step(backend, form, wants_grad)
     if not step.is_replayable:
         return None
@@ -86,9 +94,14 @@ class Step:
 
     def __init__(self, backend: Backend, form: Form, wants_grad: bool) -> None:
         self.backend, self.form, self.wants_grad = backend, form, wants_grad
-        self.is_replayable = True
+        self._tries = 0
         self.tape: Tape | None = None
         self._backward_tapes: dict[tuple, Tape] = {}
+
+    @property
+    def is_replayable(self) -> bool:
+        """Whether it is recorded, or may yet be."""
+        return self.tape is not None or self._tries < TRIES
 
     def forward(self, forward: Forward) -> tuple[Tensor, tuple[Tensor | None, ...], Tape | None]:
         """The output, what a backward needs, and the tape by whose numbers that is the workspace alone."""
@@ -103,11 +116,14 @@ class Step:
         if self.tape is not None:
             (y,), workspace = self.tape.replay(inputs)
             assert y is not None
+            if forward.moves:
+                buffers = forward.running.mean, forward.running.var, _tensor_of(forward.gate), forward.num_batches
+                torch._C._increment_version([each for each in buffers if each is not None])
             return y, (workspace,), self.tape
         with functional.without_autocast(forward.x.device.type):
             (y,), kept, self.tape = record(lambda: self._steps(forward), inputs)
         assert y is not None
-        self.is_replayable = self.tape is not None
+        self._tries += 1
         return y, tuple(kept), None
 
     def _steps(self, forward: Forward) -> tuple[list[Tensor | None], list[Tensor | None]]:
@@ -141,7 +157,7 @@ class Step:
             dy = dense_gradient(dy, x)
         key = dy.data_ptr() % 16, wants_dx
         inputs = _present(dy, x, *parameters, condensed, *kept)
-        is_watched = torch._C._len_torch_dispatch_stack() > 0  # by a mode, which may also replace memory
+        is_watched = _is_watched()
         if tape is not None and not is_watched and (known := self._backward_tapes.get(key)) is not None:
             return known.replay(inputs)[0]
 
@@ -194,6 +210,11 @@ class _ReplayedNorm(torch.autograd.Function):
             else:
                 gradients = step.backward(dy, x, parameters, condensed, kept, ctx.tape, ctx.needs_input_grad[2])
         return None, None, *gradients
+
+
+def _is_watched() -> bool:
+    """Whether a mode sees operators, and may give them other memory."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def _present(*tensors: Tensor | None) -> list[Tensor]:

@@ -193,6 +193,24 @@ class TestSwitch:
         mmubn.use_backend('torch')
         with later:
             assert info(x).startswith('reference')
+        assert info(x).startswith('torch')
+
+    def test_a_decorated_function_computes_by_it(self):
+        x = torch.zeros(2, 4, 3, 3)
+
+        @mmubn.use_backend('reference')
+        def within():
+            return info(x)
+
+        assert info(x).startswith('cpp')
+        assert within() == "reference: use_backend('reference')"
+        assert info(x).startswith('cpp')
+
+    @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+    @pytest.mark.parametrize('name', ['cpp', 'triton'])
+    def test_no_export_goes_through_kernels(self, name):
+        with mmubn.use_backend(name), pytest.raises(ValueError, match=rf"use_backend\('{name}'\) leaves no other"):
+            torch.jit.trace(mmubn.UBN(4).eval(), torch.zeros(2, 4, 3, 3))
 
     def test_there_is_no_such_backend(self):
         with pytest.raises(

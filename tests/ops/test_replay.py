@@ -3,6 +3,7 @@
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from helpers import randomize
@@ -183,6 +184,11 @@ def test_which_gradients_are_wanted(wanted, without, replays):
         lambda layer: setattr(layer, 'momentum', 0.0),
         lambda layer: setattr(layer, 'track_running_stats', False),
         lambda layer: setattr(layer, 'num_batches_tracked', None),
+        lambda layer: setattr(layer, 'num_batches_tracked', torch.tensor(3.0)),
+        lambda layer: setattr(layer, 'num_batches_tracked', torch.tensor(3, dtype=torch.int32)),
+        lambda layer: setattr(layer, 'running_similarity', torch.tensor(0.9, dtype=torch.float64)),
+        lambda layer: setattr(layer, '_gate', lambda x, moments: torch.zeros((), dtype=torch.bool)),
+        lambda layer: setattr(layer, 'momentum', np.float32(0.3)),
         lambda layer: [setattr(layer, name, None) for name in list(layer._buffers)],
         lambda layer: setattr(layer, 'bias', torch.nn.Parameter(torch.ones(2 * SHAPE[1])[::2])),
         lambda layer: setattr(layer, 'eps', 0.1),
@@ -287,6 +293,7 @@ def test_the_host_does_little_but_launch(norm, training, replays, monkeypatch):
     layer = randomize(norm(SHAPE[1])).train(training)
     steps(layer)
     monkeypatch.setattr('mmubn.ops.dispatch._observer', lambda x: None)
+    monkeypatch.setattr(replayed, '_is_watched', lambda: False)
     monkeypatch.setattr(Tape, '_views', unwatched(Tape._views))  # which only the interpreter takes
     (x, dy), *_ = batches()
     x, number = x.requires_grad_(), len(replays)
@@ -337,3 +344,28 @@ def test_a_gradient_that_is_not_in_memory(replays):
     assert len(replays) == number + 2
     with pytest.raises(ValueError, match='plain tensors, got a FakeTensor'):
         torch.autograd.grad(y, x, FakeTensorMode().from_tensor(dy))
+
+
+def test_a_moved_buffer_is_known_to_have_moved(replays):
+    """A graph that holds the old values says so, as after a BatchNorm."""
+    layer = randomize(UBN(SHAPE[1]))
+    steps(layer)
+    factor = torch.ones(SHAPE[1], requires_grad=True)
+    for name in ('running_mean', 'running_var'):
+        number = len(replays)
+        loss = (factor * getattr(layer, name)).sum()
+        layer(next(batches(1))[0])
+        assert len(replays) == number + 1
+        with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+            loss.backward()
+
+
+def test_an_odd_layer_does_not_keep_others_from_replays(replays):
+    tied = randomize(UBN(SHAPE[1]))
+    tied.scale_weight = tied.weight
+    layer = randomize(UBN(SHAPE[1]))
+    (x, _), *_ = batches(1)
+    tied(x)
+    layer(x)
+    layer(x)
+    assert len(replays) == 1

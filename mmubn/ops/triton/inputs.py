@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import NoReturn, overload
 
 import torch
@@ -149,7 +150,7 @@ def scaling_code(scaling: str | None, scale_weight: Tensor | None, scale_bias: T
 
 def number(value: float, name: str) -> float:
     """``value`` as a float, if it is on the host: float() of a tensor would wait for the device."""
-    if not isinstance(value, int | float):
+    if not isinstance(value, numbers.Real):  # NumPy's too
         fail(f'{name} must be a number, got {type(value).__name__}.')
     return float(value)
 

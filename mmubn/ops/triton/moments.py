@@ -149,7 +149,7 @@ def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     vector = 1
     if channels_last:
         block_p = min(tiling.power_of_two(channels), 128 // x.element_size())
-        block_x = 4096 // block_p
+        block_x = min(max(64, tiling.power_of_two(pixels)), 4096 // block_p)
         whole = pixels <= block_x
     else:
         block_x = next((block for block in (64, 256, 1024) if pixels <= block), 4096)

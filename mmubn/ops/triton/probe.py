@@ -63,7 +63,7 @@ def trouble(backend: Backend, device: torch.device) -> str | None:
     """
     if runtime.is_virtual() or device.type != 'cuda' or torch.cuda.is_current_stream_capturing():
         raise NotNowError
-    raised: list[Exception] = []
+    raised: list[BaseException] = []
 
     def run() -> None:
         try:
@@ -71,7 +71,7 @@ def trouble(backend: Backend, device: torch.device) -> str | None:
             if (reason := architecture.trouble(torch.cuda.get_device_capability(device))) is not None:
                 raise RuntimeError(reason)
             check(backend, device)
-        except Exception as error:
+        except BaseException as error:  # whatever ends the thread
             raised.append(error.with_traceback(None))  # whose frames hold tensors
 
     thread = threading.Thread(target=run, name='mmubn-probe', daemon=True)
@@ -198,13 +198,13 @@ def _reference_training(layer: _Layer, x: Tensor, dy: Tensor) -> Iterator[dict[s
         yield layer.results(y.detach(), torch.autograd.grad(y, inputs, dy))
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.cuda.OutOfMemoryError) or getattr(error, 'errno', None) == errno.ENOMEM:
         return True
     return 'out of memory' in str(error).lower()
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """What the error says, in one line."""
     if isinstance(error, subprocess.CalledProcessError):
         return f'{error.cmd[0]} fails with exit status {error.returncode}'
@@ -214,7 +214,7 @@ def _reason(error: Exception) -> str:
     return kind + said.strip().rstrip('.')
 
 
-def _remedy(error: Exception) -> str:
+def _remedy(error: BaseException) -> str:
     """What to do about it."""
     said = str(error)
     if 'libcuda' in said or 'ldconfig' in said:

@@ -76,6 +76,8 @@ class Tape:
             for one, pick in zip(launches, picks, strict=True)
         ]
         self._offsets = [(place.number, place.offset) for place in self._places]
+        if runtime.takes_addresses(self._device):
+            self._places = []  # which only the interpreter looks at
         self.kept = [None if each is None else memory.place(each) for each in kept]
         self._sizes = memory.sizes
 

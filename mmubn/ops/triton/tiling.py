@@ -85,9 +85,8 @@ def tile_shape(
     if kernel_size == 1:
         height, width = 1, height * width
     if channels_last:
-        rows, columns = _channels_last_tile(height, width, kernel_size, accumulates)
+        rows, columns, tail = _channels_last_tile(height, width, kernel_size, accumulates)
         tiles = ceil_div(height, rows) * ceil_div(width, columns)
-        tail = 2 if rows == 5 or height % rows or width % columns else 0
         # A lane has two channels, or one for a large kernel.
         vector = {1: 16 // bytes_each, 3: 2, 5: 2, 7: 1}[kernel_size]
         block_p = min(power_of_two(channels), (128 if kernel_size <= 3 else 64) // bytes_each)
@@ -98,7 +97,8 @@ def tile_shape(
         columns = math.gcd(width, 16 // bytes_each if kernel_size <= 3 else 4 if kernel_size == 5 else 2)
         rows = 1 if kernel_size == 1 else 4 if columns == 8 or kernel_size > 3 else 7
         tiles = ceil_div(height, rows) * (width // columns)
-        tail = 1 if columns == 1 or height % rows else 0
+        # Odd widths are rare, and come with any height: of those, only 7x7 and the like have a kernel without a tail.
+        tail = 1 if height % rows or (columns == 1 and height > rows) else 0
         # Few lanes for a plane leave few idle and little to add up.
         vector, block_p, block_q = 1, 16, 8
         groups = ceil_div(samples * channels, block_p)
@@ -119,11 +119,13 @@ def tile_shape(
     )
 
 
-def _channels_last_tile(height: int, width: int, kernel_size: int, accumulates: bool) -> tuple[int, int]:
-    """ROWS and COLUMNS. Those of (5, 4), for maps that no other tile divides, are always taken to have a tail."""
-    if kernel_size == 1:
-        return 1, 4
-    if kernel_size > 3:
-        return 4, 2
-    choices = [(4, 4), (7, 7)] if accumulates else [(8, 4), (4, 4), (7, 7)]
-    return next(((r, c) for r, c in choices if height % r == 0 and width % c == 0), (5, 4))
+def _channels_last_tile(height: int, width: int, kernel_size: int, accumulates: bool) -> tuple[int, int, int]:
+    """ROWS, COLUMNS and TAIL."""
+    if kernel_size != 3:
+        rows, columns = (1, 4) if kernel_size == 1 else (4, 2)
+        return rows, columns, 2 if height % rows or width % columns else 0
+    for rows, columns in ((4, 4), (7, 7)) if accumulates else ((8, 4), (4, 4), (7, 7)):
+        if height % rows == 0 and width % columns == 0:
+            return rows, columns, 0
+    # Rows beyond the map cost less than columns beyond it.
+    return next(((5, columns, 1) for columns in (4, 6) if width % columns == 0), (5, 4, 2))
