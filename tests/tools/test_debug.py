@@ -7,6 +7,7 @@ from cli import ROOT, call
 ERRORS = {
     'train.py': ['gone.py'],
     'test.py': ['gone.py', 'gone.pth'],
+    'misc/compile_kernels.py': ['gone.py', '--architecture', '90'],
     'misc/print_config.py': ['gone.py'],
     'model_converters/convert_norm.py': ['gone.pth', 'new.pth', '--to', 'bn'],
     'analysis_tools/compare_norms.py': ['gone.yml'],
