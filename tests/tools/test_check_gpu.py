@@ -5,11 +5,10 @@ import itertools
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
@@ -186,8 +185,13 @@ def test_interrupted(run_shard, monkeypatch, tmp_path):
     started = []
     run = processes.Shard.run
     monkeypatch.setattr(processes.Shard, 'run', lambda shard: (started.append(shard), run(shard)))
-    main = threading.main_thread().ident
-    threading.Timer(2, signal.pthread_kill, [main, signal.SIGINT]).start()
+
+    def interrupted(future):  # no signal, which would end a process of pytest-xdist
+        while not (started and started[0]._process):
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Future, 'result', interrupted)
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         processes.run_stage('stage', CPU, found, tmp_path)
