@@ -4,7 +4,6 @@ Their numbers are tested in test_triton_numbers.py.
 """
 
 import ast
-import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +14,8 @@ import torch
 
 triton = pytest.importorskip('triton')
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
 
+from mmubn.analysis.host_time import StandInDriver, stand_in  # noqa: E402
 from mmubn.analysis.machine_code import (  # noqa: E402
     POINTERS,
     compile_launch,
@@ -269,45 +268,13 @@ def test_the_gradient_in_evaluation_reads_no_input():
 # Launching: a GPU driver that compiles and launches nothing shows what would be launched.
 
 
-class Driver:
-    """What Triton asks of a driver; ``launched`` are the functions and arguments that a GPU would be given."""
-
-    def __init__(self):
-        self.launched, self.loaded = [], itertools.count()
-        self.utils = SimpleNamespace(
-            load_binary=lambda *_: ('module', next(self.loaded), 32, 0, 1024),
-            get_device_properties=lambda _: {'max_shared_mem': 2**17},
-        )
-
-    def launcher_cls(self, source, metadata):
-        return lambda *arguments: self.launched.append((arguments[4], *arguments[:3], arguments[9:]))
-
-    def get_current_target(self):
-        return GPUTarget('cuda', 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
-    driver, launch = Driver(), runtime.launch
+    """``launched`` are the functions, grids and arguments that a GPU would be given."""
     monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
-    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
-    monkeypatch.setattr(runtime, 'lacking', lambda device: None)
-    monkeypatch.setattr(runtime, '_launched', {})
-
-    def launch_on_gpu(kernel, programs, device, *arguments, **constants):
-        launch(kernel, programs, torch.device('cuda', 0), *arguments, **constants)
-
-    monkeypatch.setattr(runtime, 'launch', launch_on_gpu)
-    before = dict(vars(triton.runtime.driver))
-    triton.runtime.driver.set_active(driver)
-    yield driver
-    vars(triton.runtime.driver).update(before)
+    launched = []
+    with stand_in(StandInDriver(lambda function, grid, arguments: launched.append((function, *grid, arguments)))):
+        yield SimpleNamespace(launched=launched)
 
 
 def test_a_launch_like_an_earlier_one_is_the_same(gpu):
