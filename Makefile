@@ -5,6 +5,8 @@ BIN := $(abspath $(VENV))/bin
 USER_PATH := $(PATH)
 export PATH := $(BIN):$(PATH)
 
+# Two processes; where one dies, the tests end and name what it ran (with another in its place pytest-xdist hangs).
+PYTEST_OPTIONS := -n 2 --max-worker-restart 0
 RESULTS := OMP_NUM_THREADS=1 $(BIN)/python tools/analysis_tools/compare_norms.py configs/sweeps/digits.yml --jobs 2 --sweeps
 
 .PHONY: help setup check-gpu demo demo-classification results-classification results-ablation results-condensation results-detection test test-all lint lock clean
@@ -49,10 +51,10 @@ results-detection: results-classification
 	$(RESULTS) detection-from-scratch detection-handed-over
 
 test: setup
-	$(BIN)/python -m pytest -n 2 -m 'not slow' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS) -m 'not slow' $(PYTEST_ARGS)
 
 test-all: setup
-	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS) $(PYTEST_ARGS)
 
 # With the Python of the user, who has a torch for the GPU: no environment is made.
 check-gpu:

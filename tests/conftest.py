@@ -67,6 +67,13 @@ def no_reader_of_a_tool():
         reader._trusted = False
 
 
+@pytest.fixture(autouse=True, scope='module')
+def no_process_group():
+    """A tool, which ends the process of a group of its own, would take a group that is left for that."""
+    yield
+    assert not torch.distributed.is_initialized(), 'a test of this file left its process group'
+
+
 @pytest.fixture(params=['reference', 'torch', 'chosen'])
 def backend(request):
     """A backend that all layers compute by; ``chosen`` leaves it to them: the C++ kernels for what they take."""

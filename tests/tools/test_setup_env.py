@@ -2,8 +2,10 @@
 
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+import zipfile
 from types import SimpleNamespace
 
 import pytest
@@ -60,3 +62,27 @@ def test_a_missing_compiler_is_reported(tmp_path):
     assert result.returncode == 1
     assert 'apt-get install g++' in result.stdout
     assert not (tmp_path / 'venv').exists()
+
+
+class TestEditableInstall:
+    """Beside the clone too, which is a folder of the package's name without a module in it."""
+
+    def test_of_make_setup(self, tmp_path):
+        (tmp_path / 'mmubn').mkdir()
+        code = 'import importlib.util as u; print(u.find_spec("mmubn").origin)'
+        origin = subprocess.check_output([sys.executable, '-c', code], cwd=tmp_path, text=True).strip()
+        assert origin == str(ROOT / 'mmubn' / '__init__.py')
+
+    def test_of_a_user(self, tmp_path):
+        """A .pth file that names the clone, which `import` finds; no module that is asked after all folders."""
+        clone = tmp_path / 'mmubn'
+        shutil.copytree(ROOT / 'mmubn', clone / 'mmubn', ignore=shutil.ignore_patterns('__pycache__'))
+        for name in ('pyproject.toml', 'README.md', 'LICENSE'):
+            shutil.copy(ROOT / name, clone)
+        build = f'from setuptools.build_meta import build_editable; build_editable({str(tmp_path)!r})'
+        subprocess.run([sys.executable, '-c', build], cwd=clone, check=True)
+        (wheel,) = tmp_path.glob('*.whl')
+        with zipfile.ZipFile(wheel) as files:
+            (name,) = (name for name in files.namelist() if '.dist-info/' not in name)
+            assert name.endswith('.pth')
+            assert files.read(name).decode().strip() == str(clone)
