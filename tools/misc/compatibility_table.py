@@ -1,4 +1,6 @@
-"""Write docs/compatibility.md from the names of the tests, so that it says what is tested and nothing else.
+"""Write docs/compatibility-tests.md from the names of the tests, so that it says what is tested and nothing else.
+
+docs/compatibility.md, which has a line for each area, is written by hand.
 
 Example:
 
@@ -16,52 +18,56 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-DOCUMENT = ROOT / 'docs' / 'compatibility.md'
+DOCUMENT = ROOT / 'docs' / 'compatibility-tests.md'
 AREAS = {
     'Checkpoints': [f'tests/checkpoints/test_{name}.py' for name in ('conversion', 'layouts', 'loading', 'overlay')],
     'Checkpoints that could run a program': [
         'tests/openmmlab/test_safe_reader.py',
         'tests/tools/test_trust_checkpoint.py',
     ],
+    'MMDetection and MMPretrain': [
+        'tests/test_traps.py',
+        'tests/openmmlab/test_registration.py',
+        'tests/layers/test_contract.py',
+    ],
     'Code written for BatchNorm2d': [
         'tests/layers/test_as_batch_norm.py',
         'tests/openmmlab/test_freezing.py',
         'tests/layers/test_transforms.py',
-        'tests/layers/test_flop_counter.py',
     ],
-    'From the command line': ['tests/tools/test_convert_norm.py', 'tests/tools/test_train_and_test.py'],
-    'Norm layers in OpenMMLab and PyTorch': ['tests/test_traps.py', 'tests/openmmlab/test_registration.py'],
-    'Every norm type': ['tests/layers/test_contract.py'],
-    'From classifier to detector': ['tests/openmmlab/test_pretrained.py'],
+    'Tools and the command line': [
+        'tests/tools/test_train_and_test.py',
+        'tests/tools/test_convert_norm.py',
+        'tests/openmmlab/test_pretrained.py',
+    ],
+    'Resuming and faults': ['tests/openmmlab/hooks/test_resumed_model.py', 'tests/tools/test_faults.py'],
     'What would replace UBN': [
         'tests/openmmlab/test_sync_guards.py',
         'tests/openmmlab/test_folding.py',
         'tests/layers/test_replacement.py',
         'tests/layers/test_tracing.py',
     ],
+    'Configs in pure Python': ['tests/openmmlab/test_config_types.py'],
     'timm': ['tests/test_timm.py'],
+    'Several processes': ['tests/layers/test_sync_ubn.py'],
+    'Mixed precision, versions, loading': [
+        f'tests/openmmlab/test_{name}.py' for name in ('mixed_precision', 'versions', 'loading')
+    ],
+    'Activation checkpointing': ['tests/layers/test_recomputation.py'],
+    'Compile, export, fold': ['tests/test_deploy.py'],
     'TorchScript, quantization, pruning': [
         'tests/test_torchscript.py',
         'tests/test_quantization.py',
         'tests/layers/test_pruning.py',
     ],
-    'Configs in pure Python': ['tests/openmmlab/test_config_types.py'],
-    'Resuming': ['tests/openmmlab/hooks/test_resumed_model.py'],
-    'Parameter and FLOP counters': ['tests/openmmlab/test_counters.py'],
-    'Activation checkpointing': ['tests/layers/test_recomputation.py'],
-    'Synchronised statistics': ['tests/layers/test_sync_ubn.py'],
-    'Deployment': ['tests/test_deploy.py'],
-    'Mixed precision and loading': [
-        f'tests/openmmlab/test_{name}.py' for name in ('mixed_precision', 'versions', 'loading')
-    ],
-    'Faults': ['tests/tools/test_faults.py'],
+    'Parameter and FLOP counters': ['tests/openmmlab/test_counters.py', 'tests/layers/test_flop_counter.py'],
 }
 LOCKED = ('torch', 'torchvision', 'onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmpretrain')
 
 # What was run by hand: pytest with these packages ahead on PYTHONPATH, mmcv compiled for this torch.
 STOCK = (
-    'and, but for the areas "From the command line" and "Faults", with OpenMMLab\'s own mmengine 0.10.7, mmcv 2.1.0, '
-    'mmdet 3.3.0 and mmpretrain 1.2.0 on torch 2.12.0 (2026-11-21).'
+    'and, but for "Tools and the command line" and "Resuming and faults", with OpenMMLab\'s own mmengine 0.10.7, '
+    'mmcv 2.1.0, mmdet 3.3.0 and mmpretrain 1.2.0 on torch 2.12.0 (2026-11-21).'
 )
 
 
@@ -84,25 +90,22 @@ def document() -> str:
     lock = (ROOT / 'requirements' / 'lock.txt').read_text()
     versions = [re.search(rf'^({name})={{2,3}}([\w.]+)', lock, re.MULTILINE).groups() for name in LOCKED]
     lines = [
-        '# Compatibility',
+        '# Compatibility, test by test',
         '',
         'Each line is a test of that name: of what is supported or, by an error that says what to do, refused.',
-        '`make test-all` runs them; `python tools/misc/compatibility_table.py` writes this page.',
+        '[Compatibility](compatibility.md) has it in short. `make test-all` runs them;',
+        '`python tools/misc/compatibility_table.py` writes this page.',
         '',
         'Tested on the CPU with:',
         '',
         *(f'- {name} {version}' for name, version in versions),
         '',
         STOCK,
-        '',
-        '| area | what | verdict | test |',
-        '|---|---|---|---|',
     ]
     for area, files in AREAS.items():
+        lines += ['', f'## {area}', '', '| what | verdict | test |', '|---|---|---|']
         for file in files:
-            lines += [
-                f'| {area} | {what} | {verdict} | `{file}::{name}` |' for name, what, verdict in tests(ROOT / file)
-            ]
+            lines += [f'| {what} | {verdict} | `{file}::{name}` |' for name, what, verdict in tests(ROOT / file)]
     return '\n'.join([*lines, ''])
 
 
@@ -112,7 +115,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.check:
         if DOCUMENT.read_text() != document():
-            sys.exit('docs/compatibility.md is out of date: python tools/misc/compatibility_table.py writes it')
+            sys.exit('docs/compatibility-tests.md is out of date: python tools/misc/compatibility_table.py writes it')
         return
     DOCUMENT.write_text(document())
 
