@@ -76,4 +76,4 @@ lock:
 	    --upgrade -c requirements/lock.txt requirements/lock-cuda.in -o requirements/lock-cuda.txt
 
 clean:
-	rm -rf $(VENV) work_dirs/demo work_dirs/demo-classification data/digits data/digits-36 data/digits-150
+	rm -rf $(VENV) work_dirs/demo work_dirs/demo.* work_dirs/demo-classification work_dirs/demo-classification.* data/digits data/digits-36 data/digits-150

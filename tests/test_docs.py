@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import mmdet
 import mmengine.config.utils
 import pytest
 import torch
@@ -233,6 +234,12 @@ class Reader:
                 self._tool('tools/train.py', [config, '--work-dir', work_dir, *rest], needs)
             case ['python', '-m', 'pytest', path, *_]:
                 assert Path(path).is_file(), f'{path} does not exist'
+            case ['python', '-m', module]:
+                assert importlib.util.find_spec(f'{module}.__main__'), f'no module {module}'
+            case ['python', tool, *_] if '/.mim/' in tool:  # of MMDetection, below what the page asks Python for
+                assert (Path(mmdet.__file__).parent / tool[tool.index('.mim') :]).is_file(), f'{tool} does not exist'
+            case ['python', script] if not script.startswith('tools/'):
+                assert Path(script).is_file(), f'{script} does not exist'
             case ['python', tool, *arguments]:
                 self._tool(tool, arguments, needs)
             case _:
@@ -255,6 +262,8 @@ class Reader:
             work_dir = Path(args.work_dir or f'work_dirs/{Path(args.config).stem}')
             work_dir.mkdir(parents=True, exist_ok=True)
             (work_dir / f'epoch_{cfg.train_cfg.max_epochs}.pth').touch()
+            if metric := cfg.default_hooks.checkpoint.get('save_best'):
+                (work_dir / f'best_{metric.replace("/", "_")}_epoch_1.pth').touch()
         if tool == 'tools/analysis_tools/compare_norms.py':
             for sweep in read_sweeps(args.sweeps_file, args.sweeps, args.seeds):
                 for run in sweep.runs:

@@ -14,6 +14,13 @@ WORK_DIR=$4
 GPUS=${GPUS:-8}
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 
+for number in "$GPUS" "$GPUS_PER_NODE" "${CPUS_PER_TASK:-5}"; do
+    if ! [[ $number =~ ^[1-9][0-9]*$ ]]; then
+        echo "error: GPUS, GPUS_PER_NODE and CPUS_PER_TASK must be numbers, at least 1, got $number." >&2
+        exit 2
+    fi
+done
+
 # SRUN_ARGS is a list of arguments: it is meant to be split.
 # shellcheck disable=SC2086
 exec srun \

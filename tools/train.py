@@ -23,7 +23,7 @@ from mmubn.cli import (
     set_run,
 )
 from mmubn.openmmlab.mixed_precision import use_mixed_precision
-from mmubn.openmmlab.resumption import make_resumable
+from mmubn.openmmlab.resumption import find_last_checkpoint, make_resumable
 
 
 def parse_args() -> argparse.Namespace:
@@ -59,13 +59,21 @@ def main(args: argparse.Namespace) -> None:
         cfg.auto_scale_lr.enable = True
     if args.resume is not None:
         cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
-    if cfg.get('load_from'):
+        if args.resume != 'auto':
+            cfg.load_from = args.resume
+    seeks_last = cfg.get('resume') and (args.resume == 'auto' or not cfg.get('load_from'))
+    last = find_last_checkpoint(cfg) if seeks_last else None
+    if last is None and cfg.get('load_from'):
         # DeepSpeed, which needs another runner, saves folders.
         check_file(cfg.load_from, 'the checkpoint', 'give the path of an existing one', folder='runner_type' in cfg)
     check_paths(cfg, splits=('train', 'val'), pretrained=True)
     make_resumable(cfg)
-    build_runner(cfg).train()
+    runner = build_runner(cfg, splits=('train', 'val'))
+    if seeks_last:
+        runner._resume, runner._load_from = last is not None, last or cfg.get('load_from')
+        if last is None:
+            runner.logger.info(f'mmubn: no checkpoint to resume from in {cfg.work_dir}: the run starts anew.')
+    runner.train()
 
 
 if __name__ == '__main__':

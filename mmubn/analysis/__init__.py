@@ -7,10 +7,14 @@
 - :mod:`~mmubn.analysis.config_launches`: what the norms of a config launch on a GPU; needs OpenMMLab and Triton.
 - :mod:`~mmubn.analysis.kernel_cache`: those kernels compiled before a run; needs torch with Triton.
 - :mod:`~mmubn.analysis.runs`: what runs left in their work dirs.
+- :mod:`~mmubn.analysis.metrics`: in which units metrics are.
+- :mod:`~mmubn.analysis.curves`: curves of runs, a quantity on each axis.
 - :mod:`~mmubn.analysis.sweeps`: sweep files.
 - :mod:`~mmubn.analysis.comparison`: the runs of a sweep compared.
 - :mod:`~mmubn.analysis.condensation`: how condensed the features of runs are.
 - :mod:`~mmubn.analysis.predictions`: what a run's last checkpoint predicts.
+- :mod:`~mmubn.analysis.demo`: where the demos put their results.
 - :mod:`~mmubn.analysis.classification_demo`: what tools/demo_classification.py shows.
 - :mod:`~mmubn.analysis.plots`: what all plots share.
+- :mod:`~mmubn.analysis.outputs`: files that are written whole or not at all; needs no other package.
 """

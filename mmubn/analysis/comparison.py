@@ -9,20 +9,34 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from mmubn.analysis.metrics import PERCENT, decimals, unit_of
 from mmubn.analysis.plots import line_style, plt, save
-from mmubn.analysis.runs import over_seeds, read_scalars, series, validation_records
+from mmubn.analysis.runs import (
+    matching_tags,
+    over_seeds,
+    read_scalars,
+    series,
+    validation_records,
+    validation_unit,
+)
 from mmubn.analysis.sweeps import RUN_DONE, Sweep
+from mmubn.cli import UsageError
 
 __all__ = ['Curve', 'compared', 'difference', 'plot', 'read_curves', 'summarize', 'write_tables']
 
 
 @dataclass
 class Curve:
-    """One metric of one choice: the epochs, and the values of S seeds after each, (S, E)."""
+    """One metric of one choice: the epochs, and the values of S seeds after each, (S, E).
+
+    ``step`` is what ``epochs`` count: epochs or, in runs without them, iterations.
+    """
 
     seeds: list[int]
     epochs: list[int]
     values: np.ndarray
+    tag: str = ''
+    step: str = 'epoch'
 
     @property
     def last(self) -> dict[int, float]:
@@ -30,22 +44,36 @@ class Curve:
 
 
 def read_curves(sweep: Sweep, work_dir: Path) -> dict[str, dict[str, Curve]]:
-    """Read the curves of the runs that are done, by metric and label."""
+    """Read the curves of the runs that are done, by metric and label.
+
+    Raises:
+        UsageError: A metric of the sweep means several that the runs logged, or the runs do not all count epochs.
+    """
     found: dict[str, dict[str, dict[int, tuple]]] = {}
+    kinds: dict[str, set[tuple[str, str]]] = {}
     for run in sweep.runs:
         folder = run.folder(work_dir)
         if not (folder / RUN_DONE).exists():
             continue
-        records = validation_records(read_scalars(folder))
+        records = read_scalars(folder)
         for metric in sweep.metrics:
-            steps, values = series(records, metric)
-            if steps:
-                found.setdefault(metric, {}).setdefault(run.label, {})[run.seed] = (steps, values)
-    curves = {}
+            for tag in matching_tags(records, metric):
+                kinds.setdefault(metric, set()).add((tag, validation_unit(records)))
+                curve = series(validation_records(records), tag)
+                found.setdefault(metric, {}).setdefault(run.label, {})[run.seed] = curve
+    curves: dict[str, dict[str, Curve]] = {}
     for metric, labels in found.items():
+        if len(kinds[metric]) > 1:
+            kinds_found = ', '.join(f'{tag} by {step}' for tag, step in sorted(kinds[metric]))
+            raise UsageError(
+                f'sweep {sweep.name!r}: metric {metric} is not one and the same in its runs: {kinds_found}; write the '
+                'whole name of one under metrics, and compare runs by epochs and by iterations in two sweeps.'
+            )
+        ((tag, step),) = kinds[metric]
         for label, by_seed in labels.items():
             epochs, values = over_seeds(list(by_seed.values()))
-            curves.setdefault(metric, {})[label] = Curve(list(by_seed), epochs.tolist(), values)
+            if len(epochs):
+                curves.setdefault(metric, {})[label] = Curve(list(by_seed), epochs.tolist(), values, tag, step)
     return curves
 
 
@@ -65,7 +93,7 @@ def difference(curve: Curve, baseline: Curve) -> tuple[float, float, float] | No
 
 
 def reached(curve: Curve, target: float) -> str:
-    """Write after which epoch the seeds first reach ``target``, in the mean, and how many of them do."""
+    """Write after which epoch or iteration the seeds first reach ``target``, in the mean, and how many of them do."""
     first = [curve.epochs[int(np.argmax(values >= target))] for values in curve.values if (values >= target).any()]
     mean = f'{np.mean(first):.1f}' if first else 'never'
     return f'{mean} ({len(first)} of {len(curve.seeds)})'
@@ -78,11 +106,12 @@ def summarize(sweep: Sweep, curves: dict[str, dict[str, Curve]]) -> str:
         lines += [f'In the paper: {sweep.paper}.', '']
     missing = [label for label in sweep.labels if not any(label in each for each in curves.values())]
     for i, (metric, by_label) in enumerate(curves.items()):
-        unit, digits = unit_of(by_label)
-        header = ['', 'seeds', 'epochs', f'{metric}, mean{unit}', 'standard deviation', 'lowest to highest']
+        unit, digits = _unit_and_digits(metric, by_label)
+        step = _step(by_label)
+        header = ['', 'seeds', f'{step}s', f'{metric}, mean{unit}', 'standard deviation', 'lowest to highest']
         target = sweep.target if i == 0 else None
         baseline = by_label.get(sweep.baseline)
-        header += [f'epochs to {target:g} (seeds that reach it)'] if target is not None else []
+        header += [f'{step}s to {target:g} (seeds that reach it)'] if target is not None else []
         header += [f'difference from {sweep.baseline}, 95% interval'] if baseline else []
         lines += [f'| {" | ".join(header)} |', f'|{"---|" * len(header)}']
         for label, curve in by_label.items():
@@ -101,10 +130,10 @@ def summarize(sweep: Sweep, curves: dict[str, dict[str, Curve]]) -> str:
 
 def course(metric: str, by_label: dict[str, Curve]) -> list[str]:
     """Write mean and standard deviation after at most ten epochs, from the first to the last, as a Markdown table."""
-    unit, digits = unit_of(by_label)
+    unit, digits = _unit_and_digits(metric, by_label)
     epochs = sorted(set.intersection(*(set(curve.epochs) for curve in by_label.values())))
     shown = [epochs[i] for i in np.linspace(0, len(epochs) - 1, min(10, len(epochs))).round().astype(int)]
-    header = [f'{metric}{unit} after epoch', *map(str, shown)]
+    header = [f'{metric}{unit} after {_step(by_label)}', *map(str, shown)]
     lines = [f'| {" | ".join(header)} |', f'|{"---|" * len(header)}']
     for label, curve in by_label.items():
         values = curve.values[:, [curve.epochs.index(epoch) for epoch in shown]]
@@ -115,10 +144,14 @@ def course(metric: str, by_label: dict[str, Curve]) -> list[str]:
     return lines
 
 
-def unit_of(by_label: dict[str, Curve]) -> tuple[str, int]:
-    """Return the unit of a metric and the digits to show: accuracies of MMPretrain are percent, APs are not."""
-    percent = any(curve.values.max() > 1 for curve in by_label.values())
-    return (' (%)', 2) if percent else ('', 3)
+def _unit_and_digits(metric: str, by_label: dict[str, Curve]) -> tuple[str, int]:
+    """Return the unit of a metric, as it stands behind its name, and the digits to show."""
+    tag = next(iter(by_label.values())).tag or metric
+    return (' (%)' if unit_of(tag) == PERCENT else ''), decimals(tag)
+
+
+def _step(by_label: dict[str, Curve]) -> str:
+    return next(iter(by_label.values())).step
 
 
 def compared(curve: Curve, baseline: Curve, digits: int) -> str:
@@ -153,22 +186,26 @@ def write_tables(sweep: Sweep, curves: dict[str, dict[str, Curve]], folder: Path
 def plot(sweep: Sweep, metric: str, by_label: dict[str, Curve], out: Path) -> None:
     """Plot, left, the mean over the seeds in the course of training, and, right, the last values, a mark a seed."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, max(4.5, 0.42 * len(by_label) + 1.5)))
-    unit, _ = unit_of(by_label)
+    unit, _ = _unit_and_digits(metric, by_label)
     for i, (label, curve) in enumerate(by_label.items()):
         style = line_style(i)
         left.plot(curve.epochs, curve.values.mean(0), label=label, **style)
         last = curve.values[:, -1]
         right.plot(last, np.full(len(last), i), linestyle='', marker=style['marker'], color=style['color'], alpha=0.6)
         right.plot([last.mean()] * 2, [i - 0.3, i + 0.3], color='black')
-    left.set(xlabel='epoch', ylabel=f'{metric}{unit}, mean over the seeds')
+    left.set(xlabel=_step(by_label), ylabel=f'{metric}{unit}, mean over the seeds')
     left.xaxis.get_major_locator().set_params(integer=True)
     left.legend(fontsize=8)
-    right.set(xlabel=f'{metric}{unit} after the last epoch', yticks=range(len(by_label)), yticklabels=list(by_label))
+    right.set(
+        xlabel=f'{metric}{unit} after the last {_step(by_label)}',
+        yticks=range(len(by_label)),
+        yticklabels=list(by_label),
+    )
     right.invert_yaxis()
     counts = sorted({len(curve.seeds) for curve in by_label.values()})
     save(
         figure,
         out,
         f'{sweep.name}: {metric} on the validation data. Left: mean over {" or ".join(map(str, counts))} seeds after '
-        'each epoch. Right: after the last epoch, a mark for each seed and a line at their mean.',
+        f'each validation. Right: after the last {_step(by_label)}, a mark for each seed and a line at their mean.',
     )

@@ -12,6 +12,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from mmubn.analysis.metrics import axis_label
 from mmubn.analysis.plots import draw_mean, line_style, plt
 from mmubn.analysis.runs import (
     LayerValues,
@@ -33,6 +34,7 @@ __all__ = [
     'draw_means',
     'heat_map',
     'heat_map_height',
+    'heat_map_width',
     'mean_similarity',
     'metric_by_iteration',
     'other_layers',
@@ -41,7 +43,8 @@ __all__ = [
 ]
 
 FILE = 'feature_condensation.jsonl'
-MAX_LABELS = 45  # of layers, beside a heat map
+MAX_LABELS = 60  # of layers, beside a heat map
+FONT = 8  # of these labels, in points
 COLOURS = 'cividis'  # evenly rising in luminance, so that it reads in black and white
 
 Log = dict[str, LayerValues]  # what the hook measured in a run, by quantity
@@ -60,8 +63,13 @@ def read_log(run: Path) -> Log:
         UsageError: The run has no file of the hook, or none with a measurement on the fixed batch.
     """
     log = read_layer_log(run, FILE)
-    if 'fixed' not in log:
+    if 'fixed' not in log or not np.isfinite(log['fixed'].values).any():
         raise UsageError(f'{run}/*/{FILE} has no measurement on the fixed batch; train on with the hook.')
+    for name in ('threshold', 'num_samples'):
+        if not isinstance(log['fixed'].settings.get(name), (int, float)):
+            raise UsageError(
+                f'{run}/*/{FILE} has no number {name} in its first line, which FeatureCondensationHook writes.'
+            )
     return log
 
 
@@ -109,8 +117,17 @@ def metric_by_iteration(records: list[dict], metric: str) -> Curve:
 # ---- drawing
 
 
-def draw_means(logs: dict[Path, Log], records: dict[Path, list[dict]], metric: str | None) -> tuple[Figure, str]:
-    """Draw the means over the layers in the course of training, runs grouped by seeds: the figure and its caption."""
+def draw_means(logs: dict[Path, Log], records: dict[Path, list[dict]], metrics: list[str]) -> tuple[Figure, str]:
+    """Draw the means over the layers in the course of training, and metrics, runs grouped by seeds.
+
+    Args:
+        logs: Of each run.
+        records: Scalars of each run; none are needed where there are no metrics.
+        metrics: Their tags; each has axes of its own.
+
+    Returns:
+        The figure and its caption.
+    """
     groups = group_runs(logs)
     panels = {
         'mean cosine similarity': lambda run: mean_similarity(logs[run]),
@@ -121,17 +138,23 @@ def draw_means(logs: dict[Path, Log], records: dict[Path, list[dict]], metric: s
         f'{_either(settings(logs, "num_samples"))} samples, mean over the layers, and the share of layers with a '
         f'similarity above {_either(settings(logs, "threshold"))}.'
     ]
-    if metric is not None:
-        percent = any(max(metric_by_iteration(records[run], metric)[1], default=0) > 1 for run in logs)
-        panels[f'{metric} (%)' if percent else metric] = lambda run: metric_by_iteration(records[run], metric)
-        caption.append(f'{metric} is that on the validation data, at the last training iteration logged before it.')
+    for tag in metrics:
+        panels[axis_label(tag)] = lambda run, tag=tag: metric_by_iteration(records[run], tag)
+    if metrics:
+        names = ' and '.join(tag.split('/')[-1] for tag in metrics)
+        verb = 'is that' if len(metrics) == 1 else 'are those'
+        caption.append(f'{names} {verb} on the validation data, at the last training iteration logged before it.')
     if len(groups) < len(logs):
         caption.append('Lines of several seeds are their mean, bands one standard deviation (n - 1) to each side.')
     remarks = [other_layers(logs)]
     figure, axes = plt.subplots(len(panels), 1, figsize=(8, 0.6 + 2.2 * len(panels)), sharex=True)
     for axis, (name, curve_of) in zip(axes, panels.items(), strict=True):
         for i, (label, runs) in enumerate(groups.items()):
-            remarks.append(draw_mean(axis, [curve_of(run) for run in runs], label, line_style(i)).strip())
+            curves = [curve_of(run) for run in runs]
+            remark = draw_mean(axis, curves, label, line_style(i), f'{label}, {name}')
+            # Of several metrics, a classifier has other ones than a detector.
+            if len(metrics) < 2 or any(steps for steps, _ in curves):
+                remarks.append(remark.strip())
         axis.set_ylabel(name)
     for threshold in settings(logs, 'threshold'):
         axes[0].axhline(threshold, color='grey', linestyle=(0, (1, 2)), label=f'condensed: above {threshold:g}')
@@ -169,7 +192,7 @@ def draw_layers(logs: dict[Path, Log]) -> tuple[Figure, str]:
     heights = [heat_map_height(log['fixed']) for log in logs.values()]
     figure, axes = plt.subplots(
         *(len(logs), columns),
-        figsize=(1.5 + 5 * columns, sum(heights) + 0.7),
+        figsize=(heat_map_width(columns, *(log['fixed'] for log in logs.values())), sum(heights) + 0.7),
         height_ratios=heights,
         sharex='row',
         sharey='row',
@@ -209,7 +232,13 @@ def draw_layers(logs: dict[Path, Log]) -> tuple[Figure, str]:
 
 def heat_map_height(layers: LayerValues) -> float:
     """Return the inches in which up to MAX_LABELS names of layers can be read."""
-    return 1 + 0.14 * max(8, min(MAX_LABELS, len(layers.layers)))
+    return 1 + 0.15 * max(8, min(MAX_LABELS, len(layers.layers)))
+
+
+def heat_map_width(columns: int, *logs: LayerValues) -> float:
+    """Return the inches that heat maps in so many columns take, with whole names of layers beside the first."""
+    longest = max(len(name) for layers in logs for name in layers.layers)
+    return 5 * columns + 0.5 + longest * 0.62 * FONT / 72
 
 
 def heat_map(axis: Axes, layers: LayerValues, scale: Normalize) -> QuadMesh:
@@ -218,7 +247,7 @@ def heat_map(axis: Axes, layers: LayerValues, scale: Normalize) -> QuadMesh:
     edges = _edges(layers.steps)
     mesh = axis.pcolormesh(edges, np.arange(count + 1), layers.values.T, norm=scale, cmap=COLOURS, rasterized=True)
     named = range(0, count, math.ceil(count / MAX_LABELS))
-    axis.set_yticks([i + 0.5 for i in named], [layers.layers[i] for i in named], fontsize=6)
+    axis.set_yticks([i + 0.5 for i in named], [layers.layers[i] for i in named], fontsize=FONT, parse_math=False)
     axis.set(ylim=(count, 0), xlabel='iterations')
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axis.grid(visible=False)

@@ -19,11 +19,16 @@ from pathlib import Path
 import numpy as np
 from mmengine.config import Config
 
+from mmubn.analysis.metrics import FRACTION, unit_of
 from mmubn.cli import UsageError
 
 __all__ = [
     'LayerValues',
+    'check_run',
+    'distinct_runs',
     'group_runs',
+    'loss_parts',
+    'matching_tags',
     'metric_names',
     'over_seeds',
     'read_layer_log',
@@ -33,7 +38,10 @@ __all__ = [
     'training_records',
     'training_seconds',
     'validation_records',
+    'validation_unit',
 ]
+
+GIVE_A_RUN = 'give the work dir of a run of tools/train.py'
 
 
 def read_scalars(run: Path) -> list[dict]:
@@ -42,12 +50,19 @@ def read_scalars(run: Path) -> list[dict]:
     A start that resumes at an iteration, or begins anew, replaces all that an earlier one had logged from there on.
 
     Raises:
-        UsageError: The run has no log, or none with a line that can be read.
+        UsageError: The run is no folder, or has no log, or none with a line that can be read.
     """
     pattern = f'{run}/*/vis_data/scalars.json'
+    check_run(run)
     logs = sorted(run.glob('*/vis_data/scalars.json'))
     if not logs:
-        raise UsageError(f'no log matches {pattern}; give the work dir of a run of tools/train.py.')
+        if (run / 'vis_data' / 'scalars.json').exists():
+            raise UsageError(f'{run} is one start of a run; give the work dir, {run.resolve().parent}.')
+        depths = ('*/*', '*/*/*')
+        if inner := sorted({str(log.parents[2]) for d in depths for log in run.glob(f'{d}/vis_data/scalars.json')}):
+            more = f' and {len(inner) - 3} more' if len(inner) > 3 else ''
+            raise UsageError(f'{run} is a folder of runs; give the runs themselves: {", ".join(inner[:3])}{more}.')
+        raise UsageError(f'no log matches {pattern}; {GIVE_A_RUN}.')
     records: list[dict] = []
     for log in logs:
         lines = _read_lines(log)
@@ -59,20 +74,59 @@ def read_scalars(run: Path) -> list[dict]:
     return records
 
 
+def check_run(run: Path) -> None:
+    """Raise a UsageError unless ``run`` is a folder."""
+    if not run.is_dir():
+        problem = 'is a file, not a folder' if run.exists() else 'does not exist'
+        raise UsageError(f'{run} {problem}; {GIVE_A_RUN}.')
+
+
 def training_records(records: list[dict]) -> list[dict]:
     """Return the records of MMEngine's LoggerHook in training, whose ``step`` is the number of iterations done."""
     return [record for record in records if 'iter' in record]
 
 
 def validation_records(records: list[dict]) -> list[dict]:
-    """Return those after a validation, whose ``step`` is the number of epochs done; none of what other hooks log."""
-    return [record for record in records if 'iter' not in record and any(_is(key, 'data_time') for key in record)]
+    """Return those after a validation, whose ``step`` is in :func:`validation_unit`; none of what other hooks log.
+
+    An AP of -1, by which COCO says that there are no objects of a size, is no value and left out.
+    """
+    validations = [r for r in records if 'iter' not in r and any(_is(key, 'data_time') for key in r)]
+    return [
+        {key: value for key, value in record.items() if not (value == -1 and unit_of(key) == FRACTION)}
+        for record in validations
+    ]
+
+
+def validation_unit(records: list[dict]) -> str:
+    """Return what the steps of validations count: ``epoch`` or, in a run without epochs, ``iteration``."""
+    training = training_records(records)
+    if not training or any('epoch' in record for record in training):
+        return 'epoch'
+    done = 0
+    for record in records:
+        if 'iter' in record:
+            done = record['iter']
+        elif validation_records([record]) and record['step'] < done:
+            return 'epoch'  # of LoggerHook.log_metric_by_epoch, which is MMEngine's default
+    return 'iteration'
 
 
 def metric_names(records: list[dict]) -> list[str]:
     """Return the tags of what was measured in validations."""
-    tags = dict.fromkeys(key for record in validation_records(records) for key in record)
+    tags = dict.fromkeys(k for record in validation_records(records) for k, v in record.items() if _is_number(v))
     return [tag for tag in tags if not any(_is(tag, other) for other in ('step', 'time', 'data_time'))]
+
+
+def matching_tags(records: list[dict], name: str) -> list[str]:
+    """Return the metrics that ``name`` means: one of that very tag, or all that end in it."""
+    tags = metric_names(records)
+    return [name] if name in tags else [tag for tag in tags if _is(tag, name)]
+
+
+def loss_parts(records: list[dict]) -> tuple[str, ...]:
+    """Return the names of what a run's loss consists of, by which one can tell whether two losses can be compared."""
+    return tuple(sorted({key for record in training_records(records) for key in record if 'loss' in key}))
 
 
 def series(records: list[dict], name: str) -> tuple[list[int], list[float]]:
@@ -83,7 +137,7 @@ def series(records: list[dict], name: str) -> tuple[list[int], list[float]]:
     values = {}
     for record in records:
         for key, value in record.items():
-            if _is(key, name):
+            if _is(key, name) and _is_number(value):
                 values[record['step']] = value
     steps = sorted(values)
     return steps, [values[step] for step in steps]
@@ -93,8 +147,14 @@ def _is(tag: str, name: str) -> bool:
     return name in (tag, tag.split('/')[-1])
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def training_seconds(run: Path, records: list[dict], epochs: Sequence[int]) -> np.ndarray:
     r"""Compute the seconds of training until the end of each of ``epochs`` from the ``time`` that MMEngine logs.
+
+    ``epochs`` are iterations where those are the :func:`validation_unit` of the run.
 
     That is the mean over the last w = ``log_processor.window_size`` iterations, loading of data included, validation
     and checkpoints not. So the seconds T until the iterations k at which it was logged are
@@ -113,11 +173,14 @@ def training_seconds(run: Path, records: list[dict], epochs: Sequence[int]) -> n
     training = training_records(records)
     steps, times = series(training, 'time')
     starts = {record['epoch']: record['iter'] for record in reversed(training) if 'epoch' in record}
-    if not steps or not starts:
+    by_epoch = validation_unit(records) == 'epoch'
+    if not steps or (by_epoch and not starts):
         print(f'{run}: its logs have no time of an iteration, or no epochs, so its seconds are not known')
         return np.full(len(epochs), np.nan)
-    first, last = min(starts), max(starts)
-    length = (starts[last] - starts[first]) / (last - first) if last > first else steps[-1] / last
+    length = 1.0
+    if by_epoch:
+        first, last = min(starts), max(starts)
+        length = (starts[last] - starts[first]) / (last - first) if last > first else steps[-1] / last
     window = _log_window(run)
     done, seconds = [0], [0.0]
     for step, time in zip(steps, times, strict=True):
@@ -155,25 +218,45 @@ def group_runs(runs: Iterable[Path]) -> dict[str, list[Path]]:
     }
 
 
-def read_runs(runs: Iterable[Path]) -> tuple[dict[str, dict[Path, list[dict]]], list[str]]:
-    """Read the scalars of each run, in groups of :func:`group_runs`; a sentence names the runs that have none.
+def distinct_runs(runs: Iterable[Path]) -> list[Path]:
+    """Return each run once, however often and by whatever path it is given; say which is there twice."""
+    found: dict[Path, Path] = {}
+    for run in runs:
+        first = found.setdefault(run.resolve(), run)
+        if first is not run:
+            print(f'{run} is given twice' + (f', also as {first}' if first != run else '') + '; it counts once.')
+    return list(found.values())
+
+
+def read_runs(runs: Iterable[Path]) -> dict[str, dict[Path, list[dict]]]:
+    """Read the scalars of each run, in groups of :func:`group_runs`.
 
     Raises:
-        UsageError: None of the runs has any.
+        UsageError: A run cannot be read, or has logged no loss and no metric, or two that would be one group have no
+            metric in common. Names all such runs.
     """
-    records, missing = {}, []
-    for run in runs:
+    records, problems = {}, []
+    for run in distinct_runs(runs):
         try:
             records[run] = read_scalars(run)
-        except UsageError:
-            missing.append(str(run))
-    problem = (
-        f'no log RUN/*/vis_data/scalars.json can be read of {", ".join(missing)}; give work dirs of tools/train.py.'
-    )
-    if not records:
-        raise UsageError(problem)
+        except UsageError as error:
+            problems.append(str(error))
+        else:
+            if not metric_names(records[run]) and not series(training_records(records[run]), 'loss')[0]:
+                problems.append(f'{run} has logged no loss and no metric yet.')
     groups = {label: {run: records[run] for run in each} for label, each in group_runs(records).items()}
-    return groups, [problem] if missing else []
+    for label, members in groups.items():
+        first, *others = members
+        for run in others:
+            own, other = metric_names(members[first]), metric_names(members[run])
+            if own and other and not set(own) & set(other):
+                problems.append(
+                    f'{first} ({", ".join(own[:3])}) and {run} ({", ".join(other[:3])}) differ in more than the seed, '
+                    f'though they are named like two seeds of {label}; rename one.'
+                )
+    if problems:
+        raise UsageError(' '.join(problems))
+    return groups
 
 
 def over_seeds(curves: list[tuple[list[int], list[float]]]) -> tuple[np.ndarray, np.ndarray]:
@@ -212,11 +295,12 @@ def read_layer_log(run: Path, file_name: str) -> dict[str, LayerValues]:
     Raises:
         UsageError: The run has no such file, or none that can be read.
     """
+    check_run(run)
     paths = sorted(run.glob(f'*/{file_name}'))
     logs = []
     for path in paths:
         header, *lines = _read_lines(path) or [{}]
-        if isinstance(header.get('layers'), list):
+        if isinstance(header.get('layers'), list) and header['layers']:
             logs.append((path, header, lines))
         else:
             print(f'{path}, line 1: names no layers, so the file is left out')
@@ -245,6 +329,7 @@ def read_layer_log(run: Path, file_name: str) -> dict[str, LayerValues]:
 def _is_record(line: dict, count: int, path: Path) -> bool:
     lists = [value for key, value in line.items() if key not in ('step', 'epoch')]
     fits = 'step' in line and 'epoch' in line and all(isinstance(v, list) and len(v) == count for v in lists)
+    fits = fits and all(v is None or _is_number(v) for values in lists for v in values)
     if not fits:
         print(f'{path}: a line without step, epoch and {count} values each is left out: {str(line)[:80]}')
     return fits
@@ -257,15 +342,28 @@ def _stack(name: str, layers: list[str], settings: dict, records: dict[int, dict
 
 
 def _read_lines(path: Path) -> list[dict]:
-    """Read the JSON objects of a file, one per line, that have a step or are the first of a layer log."""
+    """Read the JSON objects of a file, one per line, that have a step or are the first of a layer log.
+
+    Raises:
+        UsageError: The file cannot be read.
+    """
+    try:
+        text = path.read_text(errors='replace')
+    except OSError as error:
+        raise UsageError(f'{path} cannot be read: {error.strerror}.') from error
     records = []
-    for number, line in enumerate(path.read_text(errors='replace').splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:  # the last line of a killed run
+        except (json.JSONDecodeError, RecursionError):  # the last line of a run that was killed, or is writing it
             record = None
-        if isinstance(record, dict) and not record.keys().isdisjoint(('step', 'layers')):
+        if isinstance(record, dict) and not record.keys().isdisjoint(('step', 'layers')) and _counts(record):
             records.append(record)
         else:
             print(f'{path}, line {number}: cut off, or without a step; left out')
     return records
+
+
+def _counts(record: dict) -> bool:
+    """Tell whether what counts in a record is whole numbers."""
+    return all(isinstance(record.get(key, 0), int) for key in ('step', 'iter', 'epoch'))

@@ -21,7 +21,6 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
-import inspect
 import itertools
 import re
 from collections.abc import Iterable
@@ -30,11 +29,10 @@ from pathlib import Path
 
 import yaml
 from mmengine.config import Config
-from mmengine.runner import Runner
 
 from mmubn.cli import UsageError
-from mmubn.openmmlab.config_checks import check_norm_types
-from mmubn.openmmlab.config_types import asked_norms
+from mmubn.cli.overrides import override
+from mmubn.openmmlab.config_checks import check_norm_arguments, check_norm_types
 from mmubn.openmmlab.errors import ConfigError
 
 __all__ = ['RUN_DONE', 'Sweep', 'SweepRun', 'read_sweeps']
@@ -54,7 +52,6 @@ KINDS = {
     'target': ((int, float), 'a number'),
     'paper': (str, 'a text'),
 }
-DATA_LOADERS = [[f'{split}_dataloader'] for split in ('train', 'val', 'test')]
 
 
 @dataclass(frozen=True)
@@ -84,14 +81,8 @@ class SweepRun:
         if not Path(self.config).exists():
             raise UsageError(f'{self}: the config {self.config} does not exist.')
         cfg = copy.deepcopy(_read_config(self.config))
-        nested = cfg.to_dict()
-        for key in self.options:
-            _check_key(nested, key, self)
-        try:
-            cfg.merge_from_dict({key: _with_seed(value, self.seed) for key, value in self.options.items()})
-        except (KeyError, TypeError, IndexError, AssertionError) as error:
-            raise UsageError(f'{self}: the options do not fit {self.config}: {error}') from error
-        cfg.merge_from_dict({'randomness.seed': self.seed})
+        options = {key: _with_seed(value, self.seed) for key, value in self.options.items()}
+        override(cfg, options | {'randomness.seed': self.seed}, self.config, f'{self}:')
         _check_norms(cfg, self)
         return cfg
 
@@ -202,36 +193,13 @@ def _choices(name: str, entry: dict) -> list[tuple[str, str, dict]]:
     return choices
 
 
-def _check_key(node: object, key: str, run: SweepRun) -> None:
-    """Check that a key is in the config, or may be an argument of something with a type or of a data loader."""
-    *parents, last = key.split('.')
-    for part in parents:
-        node = dict(enumerate(node)) if isinstance(node, (list, tuple)) else node
-        index = int(part) if part.isdigit() else part
-        if not isinstance(node, dict) or index not in node:
-            known = node if isinstance(node, dict) else ()
-            raise UsageError(f'{run}: {run.config} has no {key!r}: no {part!r}{_similar(part, known)}.')
-        node = node[index]
-    known = node if isinstance(node, dict) else {}
-    if not parents:
-        known = known | inspect.signature(Runner).parameters
-    has_arguments = 'type' in known or isinstance(node, (list, tuple)) or key.split('.')[-2:-1] in DATA_LOADERS
-    if last not in known and not has_arguments:
-        raise UsageError(f'{run}: {run.config} has no {key!r}{_similar(last, known)}.')
-
-
 def _check_norms(cfg: Config, run: SweepRun) -> None:
     """Check type and arguments of every norm, before all its runs fail."""
     try:
         check_norm_types(cfg)
-        for asked in asked_norms(cfg):
-            if asked.is_ours:
-                place = f'model.{asked.place}'
-                asked.norm(1, **{k: v for k, v in asked.norm_cfg.items() if k not in ('type', 'requires_grad')})
+        check_norm_arguments(cfg)
     except ConfigError as error:
         raise UsageError(f'{run}: {error}') from error
-    except (TypeError, ValueError) as error:
-        raise UsageError(f'{run}: {place}: {error}') from error
 
 
 def _similar(name: object, known: Iterable) -> str:

@@ -1,10 +1,13 @@
 """What the tools share. Needs OpenMMLab.
 
 - :mod:`~mmubn.cli.errors`: errors in one line, ``--debug``, ``--trust-checkpoint``.
+- :mod:`~mmubn.cli.messages`: what to say of an error of another library.
 - :mod:`~mmubn.cli.config`: the config that a command line asks for.
+- :mod:`~mmubn.cli.overrides`: which ``--cfg-options`` change something.
 - :mod:`~mmubn.cli.paths`: whether the files of a run are there.
 - :mod:`~mmubn.cli.runner`: the runner, process groups on the CPU.
-- :mod:`~mmubn.cli.launcher`: processes that end with their launcher.
+- :mod:`~mmubn.cli.launcher`: what a process knows of its launcher; processes end with it.
+- :mod:`~mmubn.cli.launch`: torchrun, with errors in one line.
 - :mod:`~mmubn.cli.commands`: commands that a tool starts.
 """
 

@@ -1,4 +1,4 @@
-"""No orphans: a process that trains ends when the one that started it has gone."""
+"""What a process knows of its launcher, and no orphans: it ends when the one that started it has gone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ import os
 import sys
 import threading
 
-__all__ = ['end_with_launcher']
+__all__ = ['RANK_VARIABLES', 'end_with_launcher']
+
+# How Slurm and Open MPI name what torch.distributed reads from the environment.
+RANK_VARIABLES = {
+    'slurm': {'RANK': 'SLURM_PROCID', 'WORLD_SIZE': 'SLURM_NTASKS', 'LOCAL_RANK': 'SLURM_LOCALID'},
+    'mpi': {
+        'RANK': 'OMPI_COMM_WORLD_RANK',
+        'WORLD_SIZE': 'OMPI_COMM_WORLD_SIZE',
+        'LOCAL_RANK': 'OMPI_COMM_WORLD_LOCAL_RANK',
+    },
+}
 
 
 def end_with_launcher(interval: float = 1.0) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 from mmengine.config import Config
@@ -9,12 +11,13 @@ from mmengine.config import Config
 from mmubn.cli.errors import UsageError
 from mmubn.openmmlab.config_types import find_dicts, is_pretrained
 
-__all__ = ['check_file', 'check_paths']
+__all__ = ['check_file', 'check_paths', 'check_work_dir']
 
-DATA_REMEDY = (
-    'lay the data out as README.md (COCO) or docs/reproduce.md (ImageNet, CIFAR) says under "Data", or set '
-    '{split}_dataloader.dataset.data_root with --cfg-options '
-    '(the digits come from: python tools/dataset_converters/digits_to_coco.py data/digits)'
+DATA_REMEDY = 'lay the data out as {page} says under "Data", or set {key}.data_root with --cfg-options ({digits})'
+DIGITS = 'the digits come from: python tools/dataset_converters/'
+OF_DETECTORS = dict(page='README.md (COCO)', digits=f'{DIGITS}digits_to_coco.py data/digits')
+OF_CLASSIFIERS = dict(
+    page='docs/reproduce.md (ImageNet, CIFAR)', digits=f'{DIGITS}digits_to_imagefolder.py data/digits-classes'
 )
 CHECKPOINT_REMEDY = (
     'train it as README.md says under "ImageNet checkpoints", or set imagenet_checkpoints at the top of '
@@ -55,21 +58,56 @@ def check_paths(cfg: Config, splits: tuple[str, ...], pretrained: bool) -> None:
 
 
 def _check_split(cfg: Config, split: str) -> None:
-    remedy = DATA_REMEDY.format(split=split)
     dataset = (cfg.get(f'{split}_dataloader') or {}).get('dataset', {})
-    for _, node in find_dicts(dataset):
-        root, ann_file, prefix = (node.get(key) or '' for key in ('data_root', 'ann_file', 'data_prefix'))
+    annotations = []  # of the data sets
+    for key, node in find_dicts(dataset, f'{split}_dataloader.dataset'):
+        remedy = DATA_REMEDY.format(key=key, **(OF_CLASSIFIERS if _classifies(cfg) else OF_DETECTORS))
+        root, ann_file, prefix = (node.get(name) or '' for name in ('data_root', 'ann_file', 'data_prefix'))
         if not isinstance(root, str) or '://' in root:
             continue
         if root and not ann_file:
             check_file(root, f'the {split} data folder', remedy)
         for name, what in [(ann_file, 'annotation file'), *((p, 'image folder') for p in _strings(prefix))]:
-            if isinstance(name, str) and name:
-                check_file(str(Path(root) / name), f'the {split} {what}', remedy)
+            if not isinstance(name, str) or not name:
+                continue
+            path = Path(root) / name
+            if root and not path.exists() and Path(name).exists():
+                remedy = f'{name} does, but {key} takes it below its data_root={root!r}: leave that part out of it'
+            check_file(str(path), f'the {split} {what}', remedy)
+            if name is ann_file:
+                annotations.append((Path(root), path))
     if split != 'train':
-        for _, node in find_dicts(cfg.get(f'{split}_evaluator') or {}):
+        for key, node in find_dicts(cfg.get(f'{split}_evaluator') or {}, f'{split}_evaluator'):
             if isinstance(node.get('ann_file'), str):
-                check_file(node['ann_file'], f'the annotation file of {split}_evaluator', remedy)
+                remedy = f'set {key}.ann_file to that of the {split} data'
+                below = [root / node['ann_file'] for root, _ in annotations if (root / node['ann_file']).is_file()]
+                for path in [*below, *(path for _, path in annotations)][:1]:
+                    remedy = f'it is not taken below data_root: set {key}.ann_file={path}'
+                check_file(node['ann_file'], f'the annotation file of {key},', remedy)
+
+
+def check_work_dir(path: str) -> None:
+    """Check, without making it, that a folder can be written.
+
+    Raises:
+        UsageError: Names the file or folder that is in its way.
+    """
+    if '://' in path:
+        return
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    remedy = 'give another with --work-dir'
+    if not folder.is_dir():
+        raise UsageError(f'the work dir {path} cannot be made: {folder} is a file; {remedy}.')
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f'the work dir {path} cannot be written: {folder} is not writable for this user; {remedy}.')
+    if shutil.disk_usage(folder).free == 0:
+        raise UsageError(f'the work dir {path} cannot be written: the disk of {folder} is full; {remedy}.')
+
+
+def _classifies(cfg: Config) -> bool:
+    return cfg.get('default_scope') == 'mmpretrain'
 
 
 def _strings(prefix: str | dict) -> list[str]:

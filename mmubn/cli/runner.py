@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Sequence
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -13,40 +14,51 @@ from mmengine.runner import Runner
 
 import mmubn.openmmlab.pretrained  # noqa: F401 - the tools know init_cfg.strict, whatever a config imports
 from mmubn.cli.errors import UsageError
-from mmubn.cli.launcher import end_with_launcher
-from mmubn.openmmlab.config_checks import check_efficient_conv_bn_eval, check_norm_types, check_norms_used
+from mmubn.cli.launcher import RANK_VARIABLES, end_with_launcher
+from mmubn.openmmlab.config_checks import (
+    check_efficient_conv_bn_eval,
+    check_norm_arguments,
+    check_norm_types,
+    check_norms_used,
+)
 from mmubn.openmmlab.config_types import name_types
+from mmubn.openmmlab.dataset_checks import check_data
+from mmubn.openmmlab.hooks.checkpoint_fit import CheckpointFitHook
 from mmubn.openmmlab.hooks.class_count import ClassCountHook
+from mmubn.openmmlab.hooks.class_names import ClassNamesHook
 from mmubn.openmmlab.hooks.resumed_model import ResumedModelHook
+from mmubn.openmmlab.hooks.resumed_run import ResumedRunHook
+from mmubn.openmmlab.hooks.sample_errors import SampleErrorsHook
+from mmubn.openmmlab.hooks.validated_statistics import ValidatedStatisticsHook
 from mmubn.openmmlab.safe_reader import ResumedConfigHook
 
 __all__ = ['build_runner']
 
-# How Slurm and Open MPI name what torch.distributed reads from the environment.
-RANK_VARIABLES = {
-    'slurm': {'RANK': 'SLURM_PROCID', 'WORLD_SIZE': 'SLURM_NTASKS', 'LOCAL_RANK': 'SLURM_LOCALID'},
-    'mpi': {
-        'RANK': 'OMPI_COMM_WORLD_RANK',
-        'WORLD_SIZE': 'OMPI_COMM_WORLD_SIZE',
-        'LOCAL_RANK': 'OMPI_COMM_WORLD_LOCAL_RANK',
-    },
-}
 
-
-def build_runner(cfg: Config) -> Runner:
+def build_runner(cfg: Config, fit: CheckpointFitHook | None = None, splits: Sequence[str] = ()) -> Runner:
     """Build the runner of ``cfg``, in its launcher's process group, on GPUs or, without one, on CPU processes (gloo).
+
+    Args:
+        cfg: The config.
+        fit: Which checkpoints the runner takes; by default, those of which something fits.
+        splits: Whose data the first process checks before anything is built, of train, val and test.
 
     Raises:
         UsageError: More processes than GPUs on this machine.
-        ConfigError: A norm type that is not registered, a network that does not use the norm that its config names, or
-            a config that asks MMEngine to replace norms of this package. The runner itself raises one, before its first
-            iteration, where class counts differ, and a CheckpointError where it is to resume a run with another norm.
+        DataError: Data that do not fit the config (:mod:`mmubn.openmmlab.dataset_checks`).
+        ConfigError: A norm that is not registered or whose arguments are wrong, a network that does not use the norm
+            that its config names, or a config that asks MMEngine to replace norms of this package. The runner itself
+            raises one, before its first iteration, where class counts differ, and a CheckpointError where its
+            checkpoint does not fit the model or is not that of the run that it is to resume.
     """
     name_types(cfg)
     check_norm_types(cfg)
+    check_norm_arguments(cfg)
     check_efficient_conv_bn_eval(cfg)
     if cfg.launcher == 'pytorch':
         end_with_launcher()
+    rank = 0 if cfg.launcher == 'none' else os.environ.get(RANK_VARIABLES.get(cfg.launcher, {}).get('RANK', 'RANK'), 0)
+    notes = check_data(cfg, splits) if int(rank) == 0 else []  # the others wait for the first one to join their group
     if cfg.launcher != 'none':
         if get_device() == 'cpu':
             _init_cpu_process_group(cfg)
@@ -56,8 +68,11 @@ def build_runner(cfg: Config) -> Runner:
                 raise UsageError(f'{processes} processes were asked for on a machine with {gpus} GPUs; ask for {gpus}.')
     runner = Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
     check_norms_used(cfg, runner.model)
-    for hook in (ClassCountHook(), ResumedConfigHook(), ResumedModelHook()):
+    checkpoint = (ResumedConfigHook(), ResumedRunHook(), ResumedModelHook(), fit or CheckpointFitHook())
+    data = (ClassCountHook(), ClassNamesHook(notes), SampleErrorsHook())
+    for hook in (*checkpoint, *data):
         runner.register_hook(hook, priority='VERY_HIGH')
+    runner.register_hook(ValidatedStatisticsHook())
     return runner
 
 

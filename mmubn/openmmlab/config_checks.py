@@ -3,36 +3,82 @@
 A norm type that nobody registered ends in mmcv's "Cannot find None". A network that ignores ``norm_cfg``, or only heeds
 it in places, trains as something else than the config says. ``efficient_conv_bn_eval`` fails in the first validation.
 Class counts that differ are found by :class:`mmubn.openmmlab.hooks.class_count.ClassCountHook`.
+Data that do not fit the config are found by :mod:`mmubn.openmmlab.dataset_checks`.
 """
 
 from __future__ import annotations
 
 from mmengine.config import Config
 from mmengine.model import is_model_wrapper
+from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmubn.layers import NORMS, UnifiedNorm
-from mmubn.openmmlab.config_types import asked_norms
+from mmubn.openmmlab.arguments import arguments_of, did_you_mean, registered_names
+from mmubn.openmmlab.config_types import asked_norms, find_dicts
 from mmubn.openmmlab.errors import ConfigError
 
-__all__ = ['ConfigError', 'check_efficient_conv_bn_eval', 'check_norm_types', 'check_norms_used']
+__all__ = [
+    'ConfigError',
+    'check_efficient_conv_bn_eval',
+    'check_norm_arguments',
+    'check_norm_types',
+    'check_norms_used',
+]
+
+TAKEN_OUT = ('type', 'requires_grad', '_scope_')
+CHANNELS = {'num_channels', 'num_features'}
 
 
 def check_norm_types(cfg: Config) -> None:
-    """Check that every norm type that ``cfg.model`` names is registered; to be called before the model is built.
+    """Check that every norm that ``cfg.model`` names is registered; to be called before the model is built.
 
     Raises:
-        ConfigError: Names the type, its place and what may be missing.
+        ConfigError: Names the type, its place and what may be missing; or a norm_cfg that is no dict with a type.
     """
+    for place, node in find_dicts(cfg.get('model') or {}):
+        key = f'model.{place}.norm_cfg' if place else 'model.norm_cfg'
+        norm_cfg = node.get('norm_cfg')
+        if norm_cfg is not None and not isinstance(norm_cfg, dict):
+            example = norm_cfg if isinstance(norm_cfg, str) and norm_cfg.isidentifier() else 'UBN'
+            raise ConfigError(f'{key} must be a dict, such as dict(type={example!r}), or None, got {norm_cfg!r}.')
+        if norm_cfg is not None and norm_cfg.get('type') is None:
+            remedy = "add one, such as type='UBN' (a dict with _delete_=True keeps none of its base)"
+            raise ConfigError(f'{key}={dict(norm_cfg)} has no type: {remedy}.')
     *others, last = (norm.__name__ for norm in NORMS)
     for asked in asked_norms(cfg):
         if asked.norm is None:
             raise ConfigError(
                 f'model.{asked.place}.type={asked.name!r} is not a registered norm; expected {", ".join(others)} or '
-                f'{last}, or one of mmcv (BN, SyncBN, GN, IN): correct the name, or add the module that registers it '
-                'to custom_imports.'
+                f'{last}, or one of mmcv (BN, SyncBN, GN, IN){did_you_mean(asked.name, registered_names(MODELS))}; '
+                'correct the name, or add the module that registers it to custom_imports.'
             )
+
+
+def check_norm_arguments(cfg: Config) -> None:
+    """Check the arguments of every norm that ``cfg.model`` asks for: MMCV gives them to its first layer.
+
+    Raises:
+        ConfigError: Names the key, its value and what is expected.
+    """
+    for asked in asked_norms(cfg):
+        # mmcv's build_norm_layer takes requires_grad out, and gives eps and the number of channels.
+        arguments = {key: value for key, value in asked.norm_cfg.items() if key not in TAKEN_OUT}
+        expected = arguments_of(asked.norm)
+        for key in arguments:
+            if key not in expected.names and not expected.takes_any:
+                what = f'model.{asked.place}.{key}={arguments[key]!r}: {asked.name} has no such argument'
+                known = expected.names - CHANNELS
+                question = did_you_mean(key, known | {'_delete_'}) or f'; it has {", ".join(sorted(known))}.'
+                raise ConfigError(f'{what}{question}')
+        if asked.norm is nn.GroupNorm and 'num_groups' not in arguments:
+            raise ConfigError(f'model.{asked.place} of type {asked.name} needs num_groups, such as num_groups=32.')
+        if asked.is_ours:
+            try:
+                asked.norm(1, **arguments)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f'model.{asked.place}: {error}') from error
 
 
 def check_norms_used(cfg: Config, model: nn.Module) -> None:

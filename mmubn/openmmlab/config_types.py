@@ -17,6 +17,7 @@ from mmengine.model import PretrainedInit
 from mmengine.registry import MODELS, WEIGHT_INITIALIZERS, Registry
 
 from mmubn.layers import UnifiedNorm
+from mmubn.openmmlab.errors import ConfigError
 
 __all__ = ['AskedNorm', 'asked_norms', 'find_dicts', 'find_type', 'is_pretrained', 'name_types', 'norm_cfgs']
 
@@ -48,7 +49,13 @@ class AskedNorm(NamedTuple):
 
 
 def asked_norms(cfg: Config) -> list[AskedNorm]:
-    """The norms that ``cfg.model`` asks for, looked up in the scope of ``cfg``."""
+    """The norms that ``cfg.model`` asks for, looked up in the scope of ``cfg``.
+
+    Raises:
+        ConfigError: The config has no model.
+    """
+    if cfg.get('model') is None:
+        raise ConfigError('the config has no model: it must have a dict of this name, with a type.')
     with MODELS.switch_scope_and_registry(cfg.get('default_scope', 'mmengine')) as registry:
         asked = []
         for place, norm_cfg in norm_cfgs(cfg.model):

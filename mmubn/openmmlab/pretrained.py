@@ -2,12 +2,16 @@
 
 MMEngine only warns about keys that are missing or unexpected and about shapes that differ, and trains on from random
 weights. ``strict=True`` makes each of these a CheckpointError, before the first iteration. Strict or not, a checkpoint
-that has its weights as ``model`` is read too, and the log says which layouts the norms of this package were read from.
+of which nothing fits is one, a checkpoint that has its weights as ``model`` is read too, and the log says which layouts
+the norms of this package were read from.
 
 In a config: ``custom_imports = dict(imports=['mmubn', 'mmubn.openmmlab.pretrained'])``.
 """
 
 from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
 
 from mmengine.logging import print_log
 from mmengine.model import PretrainedInit as _PretrainedInit
@@ -19,10 +23,16 @@ from torch import Tensor, nn
 
 from mmubn.checkpoints import CheckpointError, is_state_dict
 from mmubn.openmmlab import patches
+from mmubn.openmmlab.checkpoint_fit import describe_file, find_fit, find_weights
 from mmubn.openmmlab.errors import UnreadCheckpointError
 from mmubn.openmmlab.loading import accepted_checkpoints, log_reads, with_state_dict
 
 __all__ = ['PretrainedInit', 'register']
+
+REMEDY = (
+    'give a checkpoint of the same network and norm, or the prefix that its keys have '
+    "('backbone.' in one of MMPretrain, None in one of torchvision)"
+)
 
 
 class PretrainedInit(_PretrainedInit):
@@ -40,8 +50,9 @@ class PretrainedInit(_PretrainedInit):
             layer of this package may read another layout (docs/checkpoints.md).
 
     Raises:
-        CheckpointError: On a call, in every process: strict, the checkpoint does not fit; or no key starts with
-            ``prefix``; or, in a tool, the file is not read. Names the keys, or what the file holds, and what to do.
+        CheckpointError: On a call, in every process: strict, the checkpoint does not fit; or nothing of it does; or no
+            key starts with ``prefix``; or, in a tool, the file is not read. Names the keys, or what the file holds, and
+            what to do.
     """
 
     def __init__(
@@ -53,23 +64,31 @@ class PretrainedInit(_PretrainedInit):
     def __call__(self, module: nn.Module) -> None:
         what = 'model' if self.prefix is None else f'{self.prefix} in model'
         print_log(f'load {what} from: {self.checkpoint}', logger='current')
-        with log_reads('current'):
-            if self.strict:
+        if self.strict:
+            with log_reads('current'):
                 self._load_strictly(module)
-            else:
-                self._load(module)
+        else:
+            self._load(module)
         if hasattr(module, '_params_init_info'):
             update_init_info(module, init_info=self._get_init_info())
 
     def _load(self, module: nn.Module) -> None:
         checkpoint = self._read()
-        if not isinstance(checkpoint, dict):
-            raise CheckpointError(f'{self.checkpoint}: expected a state dict, by itself or as state_dict or model')
-        if self.prefix is None:
-            mmengine_checkpoint._load_checkpoint_to_model(module, checkpoint, strict=False, logger='current')
-            return
-        state_dict = self._under_prefix(checkpoint.get('state_dict', checkpoint))
-        mmengine_checkpoint.load_state_dict(module, state_dict, strict=False, logger='current')
+        weights = find_weights(checkpoint, self.checkpoint)
+        if self.prefix is not None:
+            weights = self._under_prefix(checkpoint.get('state_dict', checkpoint))
+        fit = find_fit(module, weights)
+        if fit.loaded == 0 < fit.total:
+            raise CheckpointError(
+                f'nothing of {self.checkpoint}, read with init_cfg.prefix={self.prefix!r}, fits this '
+                f'{type(module).__name__}: {fit}. {describe_file(checkpoint, weights)}; {REMEDY}, or leave '
+                'init_cfg out to start without it.'
+            )
+        with log_reads('current'):
+            mmengine_checkpoint.load_state_dict(module, weights, strict=False, logger='current')
+        if fit.missing or fit.reshaped or fit.refused:  # what the module lacks, as a classifier's head, is nothing new
+            loaded = f'{fit.loaded} of {fit.total} keys of this {type(module).__name__} loaded'
+            print_log(f'mmubn: {self.checkpoint}: {loaded}; {fit}.', logger='current', level=logging.WARNING)
 
     def _load_strictly(self, module: nn.Module) -> None:
         try:
@@ -89,9 +108,8 @@ class PretrainedInit(_PretrainedInit):
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f'{self.checkpoint}, read with init_cfg.prefix={self.prefix!r}, does not fit this '
-                f'{type(module).__name__}: {" ".join(str(error).split()).rstrip(".")}; give a checkpoint of the '
-                "same network and norm, the prefix that its keys have ('backbone.' in one of MMPretrain, None in "
-                'one of torchvision), or init_cfg.strict=False to load what fits.'
+                f'{type(module).__name__}: {" ".join(str(error).split()).rstrip(".")}; {REMEDY}, or '
+                'init_cfg.strict=False to load what fits.'
             ) from error
 
     def _read(self) -> object:
@@ -99,7 +117,7 @@ class PretrainedInit(_PretrainedInit):
             checkpoint = CheckpointLoader.load_checkpoint(self.checkpoint, map_location=self.map_location)
         return with_state_dict(checkpoint)
 
-    def _under_prefix(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _under_prefix(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.prefix is None:
             # DistributedDataParallel's prefix, which MMEngine drops too.
             return {key.removeprefix('module.'): value for key, value in state_dict.items()}

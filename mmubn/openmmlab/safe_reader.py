@@ -270,6 +270,8 @@ def _sentence(f: Any, start: int, error: Exception) -> str:
 def _explanation(f: Any, start: int, error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:  # of opening it
         return f'{_name(f)} cannot be read: {error.strerror or error}.'
+    if _is_empty(f):
+        return f'{_name(f)} is no checkpoint: the file is empty; copy or save it again, or give another one.'
     # torch wraps what its reader says in advice of many lines.
     inner = error.__context__ if isinstance(error, UnpicklingError) and error.__context__ else error
     reason = (str(inner).splitlines() or [''])[0].partition('. ')[0].rstrip('.')
@@ -279,7 +281,11 @@ def _explanation(f: Any, start: int, error: Exception) -> str:
     if _trusted:
         return f'{_name(f)} cannot be read: {reason}.'
     if protocol is None and not names:
-        return f'{_name(f)} is no checkpoint, or only a part of one: {reason}.'
+        if not isinstance(inner, (UnpicklingError, RuntimeError)):  # of a byte that means nothing, such as of a text
+            reason = 'it has no format of torch.save'
+        return (
+            f'{_name(f)} is no checkpoint, or only a part of one: {reason}; copy or save it again, or give another one.'
+        )
     if isinstance(inner, _UnlistedError):
         names.append(str(inner))
     if names:
@@ -289,6 +295,12 @@ def _explanation(f: Any, start: int, error: Exception) -> str:
     elif isinstance(inner, (RuntimeError, EOFError)) and _TORCH >= (2, 5):  # before, every error of its reader is one
         return f'{_name(f)} is no checkpoint, or only a part of one: {reason}.'
     return f'{_name(f)} is no checkpoint that is safe to read: {reason}; {_REMEDY}.'
+
+
+def _is_empty(f: Any) -> bool:
+    with contextlib.suppress(OSError, ValueError), torch.serialization._open_file_like(f, 'rb') as file:
+        return file.seek(0, os.SEEK_END) == 0
+    return False
 
 
 def _name(f: Any) -> str:

@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+from run_logs import training, validation, write_log
 from scipy import stats
 
-from mmubn.analysis.comparison import Curve, difference
+from mmubn.analysis.comparison import Curve, difference, read_curves, summarize
+from mmubn.analysis.sweeps import RUN_DONE, Sweep, SweepRun
+from mmubn.cli import UsageError
 
 
 def test_the_interval_is_that_of_a_paired_t_test():
@@ -21,3 +24,44 @@ def test_the_interval_is_that_of_a_paired_t_test():
     d = b.values[:2, 1] - a.values[2:, 1]
     assert difference(shifted, a)[0] == pytest.approx(d.mean())
     assert difference(Curve([9], [1], b.values[:1, :1]), a) is None
+
+
+def sweep_of(tmp_path, metric, *tags_and_values):
+    """A sweep of one run for each, done."""
+    runs = []
+    for i, (tag, value) in enumerate(tags_and_values):
+        runs.append(SweepRun('s', f'choice{i}', 0, 'config.py', 1, {}))
+        folder = runs[-1].folder(tmp_path)
+        write_log(folder, [training(10, 1), validation(1, value, tag)])
+        (folder / RUN_DONE).touch()
+    return Sweep('s', runs, [run.label for run in runs], [metric])
+
+
+@pytest.mark.parametrize(
+    ('tag', 'value', 'cells'),
+    [
+        (
+            'accuracy/top1',
+            0.75,
+            '| top1, mean (%) | standard deviation | lowest to highest |\n|---|---|---|---|---|---|\n'
+            '| choice0 | 1 | 1 | 0.75 |',
+        ),
+        (
+            'coco/bbox_mAP',
+            0.75,
+            '| bbox_mAP, mean | standard deviation | lowest to highest |\n|---|---|---|---|---|---|\n'
+            '| choice0 | 1 | 1 | 0.750 |',
+        ),
+    ],
+)
+def test_the_unit_is_that_of_the_metric(tmp_path, tag, value, cells):
+    sweep = sweep_of(tmp_path, tag.split('/')[-1], (tag, value))
+    assert cells in summarize(sweep, read_curves(sweep, tmp_path))
+
+
+def test_metrics_of_one_name_are_not_compared(tmp_path):
+    sweep = sweep_of(tmp_path, 'mAP', ('pascal_voc/mAP', 0.5), ('multi-label/mAP', 50.0))
+    with pytest.raises(
+        UsageError, match=r'mAP is not one and the same .*: multi-label/mAP by epoch, pascal_voc/mAP by'
+    ):
+        read_curves(sweep, tmp_path)

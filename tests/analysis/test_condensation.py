@@ -1,5 +1,7 @@
 """mmubn.analysis.condensation: the numbers behind its lines and colours, by hand."""
 
+import itertools
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -18,9 +20,9 @@ def no_figure_left():
     plt.close('all')
 
 
-def means(*runs, metric=None):
+def means(*runs, metrics=()):
     logs = {run: condensation.read_log(run) for run in runs}
-    return condensation.draw_means(logs, {run: condensation.read_records(run) for run in runs}, metric)
+    return condensation.draw_means(logs, {run: condensation.read_records(run) for run in runs}, list(metrics))
 
 
 def points(line):
@@ -75,13 +77,14 @@ def test_seeds_become_a_mean_with_a_band_of_a_standard_deviation(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('tag', 'values', 'label'), [('accuracy/top1', [40.0, 97.5], 'top1 (%)'), ('coco/bbox_mAP', [0.2, 0.8], 'bbox_mAP')]
+    ('tag', 'values', 'label'),
+    [('accuracy/top1', [0.4, 0.9], 'top1 (%)'), ('coco/bbox_mAP', [0.2, 0.8], 'bbox_mAP (from 0 to 1)')],
 )
 def test_axes_have_units_and_time_is_in_iterations(tmp_path, tag, values, label):
     write_condensation(tmp_path, {0: [1, 0.6, 0.2], 20: [1, 0.6, 0.2]})
     first, second = values
     write_log(tmp_path, [training(10, 1), validation(1, first, tag), training(20, 2), validation(2, second, tag)])
-    figure, caption = means(tmp_path, metric=label.split()[0])
+    figure, caption = means(tmp_path, metrics=[tag])
     assert [axis.get_ylabel() for axis in figure.axes] == ['mean cosine similarity', 'condensed layers (%)', label]
     assert figure.axes[-1].get_xlabel() == 'iterations'
     assert points(figure.axes[-1].lines[0]) == [[10, 20], values]
@@ -112,8 +115,23 @@ def test_many_layers_are_labelled_in_part():
     _, axis = plt.subplots()
     condensation.heat_map(axis, layers, Normalize(0, 1))
     labels = [text.get_text() for text in axis.get_yticklabels()]
-    assert labels == names[::3]
-    np.testing.assert_array_equal(axis.get_yticks(), np.arange(0, 100, 3) + 0.5)
+    assert labels == names[::2]
+    np.testing.assert_array_equal(axis.get_yticks(), np.arange(0, 100, 2) + 0.5)
+
+
+@pytest.mark.parametrize('count', [3, 54, 200])
+def test_names_of_layers_are_whole_and_apart(tmp_path, count):
+    layers = [f'backbone.layer{i}.0.a_block_with_a_long_name.$x$.bn{i}' for i in range(count)]
+    write_condensation(tmp_path, {0: [0.5] * count, 10: [0.1] * count}, layers=layers)
+    figure, _ = condensation.draw_layers({tmp_path: condensation.read_log(tmp_path)})
+    figure.draw_without_rendering()
+    axis = figure.axes[0]
+    boxes = [text.get_window_extent() for text in axis.get_yticklabels()]
+    page = figure.bbox
+    assert all(page.x0 <= box.x0 and page.y0 <= box.y0 and box.y1 <= page.y1 for box in boxes)
+    assert not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
+    assert boxes[0].height > 6
+    assert axis.get_window_extent().width > 0.3 * page.width
 
 
 def test_closed_gates_are_hatched_where_and_when_they_are_closed(tmp_path):

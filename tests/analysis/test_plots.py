@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmubn.analysis.plots import line_style, plt, save
+from mmubn.analysis.plots import check_output, check_plot, line_style, plt, save, save_all
 from mmubn.cli import UsageError
 
 
@@ -62,3 +62,31 @@ def test_another_kind_of_file_is_an_error(figure, tmp_path):
     with pytest.raises(UsageError, match=r'PNG and SVG, got .*out\.pdf'):
         save(figure, tmp_path / 'out.pdf', '')
     assert not any(tmp_path.iterdir())
+
+
+def test_of_several_plots_all_are_written_or_none(figure, tmp_path):
+    (tmp_path / 'file').touch()
+    other = plt.figure()
+    with pytest.raises(UsageError, match=f'{tmp_path}/file/b.png cannot be written: {tmp_path}/file is no folder'):
+        save_all([(figure, tmp_path / 'a.png', ''), (other, tmp_path / 'file' / 'b.png', '')])
+    plt.close(other)
+    assert [path.name for path in tmp_path.iterdir()] == ['file']
+
+
+def test_a_full_disk_leaves_the_old_plot(figure, tmp_path):
+    (tmp_path / 'out.png').write_text('old')
+    (tmp_path / '.out.svg.part').symlink_to('/dev/full')
+    with pytest.raises(UsageError, match=f'{tmp_path}/out.png, {tmp_path}/out.svg cannot be written: No space left'):
+        save(figure, tmp_path / 'out.png', '')
+    assert (tmp_path / 'out.png').read_text() == 'old'
+    assert not (tmp_path / 'out.svg').exists()
+
+
+def test_what_cannot_be_written_is_said_before(tmp_path):
+    with pytest.raises(UsageError, match=f'{tmp_path} is a folder; give the name of a plot in it'):
+        check_plot(tmp_path)
+    (tmp_path / 'out.svg').mkdir()
+    with pytest.raises(UsageError, match=f'{tmp_path}/out.svg is a folder'):
+        check_plot(tmp_path / 'out')
+    with pytest.raises(UsageError, match=r'out\.pdf must end in \.html or \.htm'):
+        check_output(tmp_path / 'out.pdf', ('.html', '.htm'))

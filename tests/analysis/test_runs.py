@@ -10,6 +10,7 @@ from run_logs import training, validation, write_log
 
 from mmubn.analysis.runs import (
     group_runs,
+    matching_tags,
     metric_names,
     over_seeds,
     read_layer_log,
@@ -19,9 +20,12 @@ from mmubn.analysis.runs import (
     training_records,
     training_seconds,
     validation_records,
+    validation_unit,
 )
 from mmubn.cli import UsageError
 from mmubn.openmmlab.hooks.layer_log import LayerLog
+
+START = '20260101_120000'
 
 # ---- scalars
 
@@ -38,7 +42,18 @@ def test_logs_in_which_nothing_can_be_read_are_an_error(tmp_path, content):
         read_scalars(tmp_path)
 
 
-@pytest.mark.parametrize('bad', ['{"loss": 0.5, "st', '[1, 2]', '7', '{"loss": 0.5}', '\x00\x00'])
+@pytest.mark.parametrize(
+    'bad',
+    [
+        '{"loss": 0.5, "st',
+        '[1, 2]',
+        '7',
+        '{"loss": 0.5}',
+        '\x00\x00',
+        '{"loss": 0.5, "step": "9"}',
+        '{"loss": 0.5, "step": 9, "iter": null}',
+    ],
+)
 def test_a_line_that_is_no_record_is_reported_and_left_out(tmp_path, capsys, bad):
     log = write_log(tmp_path, [])
     good = [training(10, 1), training(20, 1)]
@@ -79,6 +94,52 @@ def test_records_of_training_of_validation_and_of_hooks_are_told_apart():
     assert validation_records(records) == [records[2], hierarchical]
     assert metric_names(records) == ['accuracy/top1', 'val/accuracy/top1']
     assert series(records, 'loss') == ([10], [1.0])
+
+
+def test_an_ap_of_minus_1_is_no_value():
+    """COCO's, where there are no objects of a size. Another -1 is one."""
+    records = [
+        validation(epoch, value, 'coco/bbox_mAP_l') | {'coco/bbox_mAP': 0.5, 'margin': -1}
+        for epoch, value in ((1, -1.0), (2, 0.25))
+    ]
+    assert series(validation_records(records), 'bbox_mAP_l') == ([2], [0.25])
+    assert metric_names(records[:1]) == ['coco/bbox_mAP', 'margin']
+
+
+def test_what_is_no_number_is_no_value():
+    """MMPretrain's precision of each class is a list."""
+    records = [validation(1, [0.1, 0.2], 'single-label/precision_classwise') | {'accuracy/top1': 3.0, 'ok': True}]
+    assert metric_names(records) == ['accuracy/top1']
+    assert series(validation_records(records), 'precision_classwise') == ([], [])
+
+
+def test_a_name_means_the_very_tag_or_all_that_end_in_it():
+    records = [validation(1, 0.5, 'coco/bbox_mAP') | {'lvis/bbox_mAP': 0.2, 'val/coco/bbox_mAP': 0.1}]
+    assert matching_tags(records, 'coco/bbox_mAP') == ['coco/bbox_mAP']
+    assert matching_tags(records, 'bbox_mAP') == ['coco/bbox_mAP', 'lvis/bbox_mAP', 'val/coco/bbox_mAP']
+    assert matching_tags(records, 'mAP') == []
+
+
+def without_epochs(iteration):
+    return {key: value for key, value in training(iteration, 1).items() if key != 'epoch'}
+
+
+@pytest.mark.parametrize(
+    ('records', 'unit'),
+    [
+        ([training(10, 1), validation(1, 1.0)], 'epoch'),
+        ([without_epochs(10), validation(10, 1.0)], 'iteration'),
+        ([without_epochs(10), validation(1, 1.0)], 'epoch'),  # LoggerHook.log_metric_by_epoch is True by default
+        ([validation(1, 1.0)], 'epoch'),
+    ],
+)
+def test_the_steps_of_validations_are_epochs_or_iterations(records, unit):
+    assert validation_unit(records) == unit
+
+
+def test_seconds_until_an_iteration_of_a_run_without_epochs(tmp_path):
+    write_log(tmp_path, [without_epochs(10), validation(10, 1.0), without_epochs(20), validation(20, 1.0)], window=10)
+    np.testing.assert_allclose(training_seconds(tmp_path, read_scalars(tmp_path), [10, 20]), [1, 2])
 
 
 def test_a_series_goes_by_the_tag_or_its_last_part():
@@ -170,23 +231,43 @@ def test_seeds_of_the_current_folder_have_its_name(tmp_path, monkeypatch):
     assert group_runs([Path('seed0'), Path('seed1')]) == {'UBN': [Path('seed0'), Path('seed1')]}
 
 
-def test_runs_without_logs_are_named_and_the_others_read(tmp_path):
-    write_log(tmp_path / 'bn' / 'seed1', [training(10, 1)])
-    groups, problems = read_runs(tmp_path / 'bn' / f'seed{i}' for i in range(3))
-    assert groups == {'bn': {tmp_path / 'bn' / 'seed1': [training(10, 1)]}}
-    (problem,) = problems
-    assert f'of {tmp_path}/bn/seed0, {tmp_path}/bn/seed2;' in problem
-
-
-def test_the_same_run_twice_counts_once(tmp_path):
+def test_the_same_run_twice_counts_once_by_whatever_path(tmp_path, monkeypatch, capsys):
     write_log(tmp_path / 'bn', [training(10, 1)])
-    groups, _ = read_runs([tmp_path / 'bn', tmp_path / 'bn'])
-    assert list(groups['bn']) == [tmp_path / 'bn']
+    (tmp_path / 'link').symlink_to(tmp_path / 'bn')
+    monkeypatch.chdir(tmp_path)
+    assert read_runs([Path('bn'), tmp_path / 'bn', Path('link')]) == {'bn': {Path('bn'): [training(10, 1)]}}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f'{each} is given twice, also as bn; it counts once.' for each in (tmp_path / 'bn', 'link')]
 
 
-def test_no_run_with_logs_is_an_error_that_names_all(tmp_path):
-    with pytest.raises(UsageError, match=f'of {tmp_path}/a, {tmp_path}/b;'):
-        read_runs([tmp_path / 'a', tmp_path / 'b'])
+def test_runs_that_cannot_be_read_are_all_named(tmp_path):
+    write_log(tmp_path / 'good', [training(10, 1)])
+    (tmp_path / 'file').touch()
+    (tmp_path / 'folder' / START / 'vis_data' / 'scalars.json').mkdir(parents=True)
+    write_log(tmp_path / 'silent', [{'step': 1}])
+    bad = [tmp_path / name for name in ('gone', 'file', 'folder', 'silent')]
+    with pytest.raises(UsageError) as error:
+        read_runs([tmp_path / 'good', *bad])
+    assert f'{tmp_path}/gone does not exist; give the work dir of a run' in str(error.value)
+    assert f'{tmp_path}/file is a file, not a folder; give' in str(error.value)
+    assert f'{tmp_path}/folder/{START}/vis_data/scalars.json cannot be read: Is a directory.' in str(error.value)
+    assert f'{tmp_path}/silent has logged no loss and no metric yet.' in str(error.value)
+
+
+def test_a_folder_above_or_below_a_run_is_answered_with_the_run(tmp_path):
+    write_log(tmp_path / 'w' / 'bn', [training(10, 1)])
+    write_log(tmp_path / 'w' / 'ubn' / 'seed0', [training(10, 1)])
+    with pytest.raises(UsageError, match=f'give the runs themselves: {tmp_path}/w/bn, {tmp_path}/w/ubn/seed0[.]'):
+        read_scalars(tmp_path / 'w')
+    with pytest.raises(UsageError, match=f'is one start of a run; give the work dir, {tmp_path}/w/bn[.]'):
+        read_scalars(tmp_path / 'w' / 'bn' / START)
+
+
+def test_two_models_that_are_named_like_seeds_of_one_are_an_error(tmp_path):
+    write_log(tmp_path / 'ubn-seed0', [validation(1, 40.0)])
+    write_log(tmp_path / 'ubn-seed1', [validation(1, 0.4, 'coco/bbox_mAP')])
+    with pytest.raises(UsageError, match=r'ubn-seed0 \(accuracy/top1\) and .*ubn-seed1 \(coco/bbox_mAP\) differ'):
+        read_runs([tmp_path / 'ubn-seed0', tmp_path / 'ubn-seed1'])
 
 
 def test_values_over_seeds_are_those_of_the_steps_that_all_have():
@@ -244,6 +325,7 @@ def test_a_start_with_other_layers_is_reported_and_left_out(tmp_path, capsys):
     [
         ('{"step":9,"epoch":0,"fix', ', line 3: cut off'),
         ('{"step":9,"epoch":0,"fixed":[1.0]}', ': a line without step, epoch and 2 values each'),
+        ('{"step":9,"epoch":0,"fixed":[1.0,"x"]}', ': a line without step, epoch and 2 values each'),
         ('{"step":9,"fixed":[1.0,1.0]}', ': a line without step, epoch and 2 values each'),
     ],
 )

@@ -97,12 +97,12 @@ GOOD = 'configs: [CONFIG], variants: {A: {}, B: {}}'
         (f'sweeps: {{one: {{{GOOD}, baseline: C}}}}', "baseline 'C' is none of its choices: A, B"),
         ('sweeps: {one: {configs: [CONFIG], grid: {load_from: a}}}', 'grid.load_from must be a list of values'),
         ('sweeps: {one: {configs: [missing.py], variants: {A: {}}}}', 'the config missing.py does not exist'),
-        ('sweeps: {one: {configs: [CONFIG], grid: {train_cfg.max_epoch: [1]}}}', "did you mean 'max_epochs'?"),
-        ('sweeps: {one: {configs: [CONFIG], grid: {modal.head.topk: [1]}}}', "no 'modal'; did you mean 'model'?"),
-        ('sweeps: {one: {configs: [CONFIG], grid: {load_form: [a]}}}', "did you mean 'load_from'?"),
+        ('sweeps: {one: {configs: [CONFIG], grid: {train_cfg.max_epoch: [1]}}}', 'did you mean train_cfg.max_epochs?'),
+        ('sweeps: {one: {configs: [CONFIG], grid: {modal.head.topk: [1]}}}', 'no modal; did you mean model.head.topk?'),
+        ('sweeps: {one: {configs: [CONFIG], grid: {load_form: [a]}}}', 'did you mean load_from?'),
         (
             'sweeps: {one: {configs: [CONFIG], grid: {model.backbone.norm_cfg.threshld: [0.1]}}}',
-            'one: threshld=0.1, seed 0: model.backbone.norm_cfg: UBN.__init__() got an unexpected keyword argument',
+            'model.backbone.norm_cfg (UBN) has no argument threshld; did you mean model.backbone.norm_cfg.threshold?',
         ),
         (
             'sweeps: {one: {configs: [CONFIG], grid: {model.backbone.norm_cfg.threshold: [2]}}}',
@@ -112,7 +112,7 @@ GOOD = 'configs: [CONFIG], variants: {A: {}, B: {}}'
             'sweeps: {one: {configs: [CONFIG], grid: {model.backbone.norm_cfg.type: [UBM]}}}',
             "type='UBM' is not a registered norm",
         ),
-        ('sweeps: {one: {configs: [CONFIG], grid: {train_cfg.max_epochs: [{a: 1}]}}}', 'the options do not fit'),
+        ('sweeps: {one: {configs: [CONFIG], grid: {train_cfg.max_epochs: [{a: 1}]}}}', 'max_epochs is 10 and no dict'),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, text, expected):

@@ -39,7 +39,7 @@ class TestPurePython:
 
     @pytest.mark.parametrize('text', ['', UBN_BY_CLASS])
     def test_options(self, in_pure_python, text):
-        options = {'model.backbone.norm_cfg.type': 'RBN', 'model.backbone.depth': 18}
+        options = {'model.backbone.norm_cfg.type': 'RBN', '+model.backbone.depth': 18}
         cfg = load_config(arguments(in_pure_python(text), cfg_options=options))
         assert cfg.model.backbone.norm_cfg.type == 'RBN'
         assert cfg.model.backbone.depth == 18
@@ -95,10 +95,49 @@ class TestLoadConfig:
         cfg = load_config(arguments('mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'))
         assert cfg.model.type == 'FasterRCNN'
 
-    def test_options_that_do_not_fit(self):
-        options = {'train_dataloader.dataset.pipeline.99.type': 'X'}
-        with pytest.raises(UsageError, match='--cfg-options'):
-            load_config(arguments('mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', cfg_options=options))
+    def test_a_folder(self, tmp_path):
+        with pytest.raises(UsageError, match=rf'the config {tmp_path} is a folder'):
+            load_config(arguments(tmp_path))
+
+    @pytest.mark.parametrize('inherits', [False, True], ids=['itself', 'its base'])
+    @pytest.mark.parametrize(
+        ('name', 'text', 'message'),
+        [
+            ('a.py', 'x = 1\ny = dict(a=)\n', r'a\.py, line 2: invalid syntax\.'),
+            ('a.py', 'x = 1\ny = z\n', r"a\.py, line 2: NameError: name 'z' is not defined"),
+            ('a.py', "_base_ = './gone.py'\n", r'a\.py: its _base_ \S*gone\.py does not exist\.'),
+            ('a.py', "_base_ = 'mmdet::gone/a.py'\n", r'a\.py: file "\S*gone/a.py" does not exist'),
+            ('a.json', '{"a": 1,}', r'a\.json: .*line 1'),
+            ('a.yaml', 'a: [1\nb: 2', r'a\.yaml: ParserError: .* line 2'),
+            ('a.json', '[1]', r'a\.json: it holds no keys'),
+        ],
+        ids=['syntax', 'name', 'base', 'base of a package', 'JSON', 'YAML', 'a list'],
+    )
+    def test_a_file_that_cannot_be_read(self, tmp_path, monkeypatch, name, text, message, inherits):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / name).write_text(text)
+        if inherits:
+            (tmp_path / 'top.py').write_text(f"_base_ = './{name}'\n")
+        with pytest.raises(UsageError, match=f'^{message}') as error:
+            load_config(arguments('top.py' if inherits else name))
+        assert '\n' not in str(error.value)
+        assert len(str(error.value)) < 300
+
+    def test_a_base_that_does_not_merge(self, tmp_path):
+        (tmp_path / 'base.py').write_text('model = dict(neck=dict(norm_cfg=None))')
+        (tmp_path / 'a.py').write_text("_base_ = './base.py'\nmodel = dict(neck=dict(norm_cfg=dict(type='UBN')))")
+        with pytest.raises(UsageError, match=r'a\.py, model\.neck\.norm_cfg: .*_delete_=True'):
+            load_config(arguments(tmp_path / 'a.py'))
+
+    @staticmethod
+    def too_deep(path):
+        raise RecursionError
+
+    def test_a_base_of_itself(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(Config, '_get_base_files', self.too_deep)  # after a thousand files
+        (tmp_path / 'a.py').write_text("_base_ = './a.py'\n")
+        with pytest.raises(UsageError, match=r'a\.py: its _base_ leads back to itself'):
+            load_config(arguments(tmp_path / 'a.py'))
 
     @pytest.mark.parametrize(
         ('in_config', 'in_arguments', 'expected'),

@@ -1,12 +1,14 @@
 """mmubn.cli.errors: how a tool ends."""
 
 import argparse
+import logging
 
 import pytest
+from mmengine.logging import MMLogger
 
 from mmubn.checkpoints import CheckpointError
 from mmubn.cli import UsageError, add_debug_argument, errors, run_tool
-from mmubn.openmmlab.errors import ConfigError
+from mmubn.openmmlab.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -14,6 +16,8 @@ def run(monkeypatch, capsys):
     """Runs a main; gives the exit status and what was printed to stderr."""
     monkeypatch.setattr('sys.argv', ['tool'])
     monkeypatch.delenv('RANK', raising=False)
+    monkeypatch.setattr(MMLogger, '_instance_dict', {})  # no log of another test
+    monkeypatch.setattr(logging, 'raiseExceptions', True)  # which run_tool changes
 
     def run(main, *arguments):
         parser = argparse.ArgumentParser()
@@ -55,9 +59,42 @@ def test_one_process_reports_an_error(run, monkeypatch, arguments):
     assert run(fail_with(UsageError('the file is gone')), *arguments) == (2, '')
 
 
-def test_any_other_error_is_raised(run):
-    with pytest.raises(ValueError, match='a bug'):
-        run(fail_with(ValueError('a bug')))
+def test_any_other_error_is_one_line_too(run):
+    status, output = run(fail_with(ValueError('a\nbug')))
+    assert (status, output) == (1, 'error: ValueError: a bug (--debug shows the traceback)\n')
+    status, output = run(fail_with(ValueError('a bug')), '--debug')
+    assert status == 1
+    assert output.startswith('Traceback (most recent call last):\n')
+    assert output.endswith('ValueError: a bug\n')
+
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_the_log_of_a_run_keeps_the_traceback(run, monkeypatch, tmp_path, rank):
+    logger = MMLogger.get_instance('a-run', log_file=str(tmp_path / 'run.log'))
+    if rank:  # MMEngine gives the first process alone a file
+        monkeypatch.setenv('RANK', '1')
+        monkeypatch.setenv('WORLD_SIZE', '2')
+        logger.handlers = [each for each in logger.handlers if not isinstance(each, logging.FileHandler)]
+    status, output = run(fail_with(ValueError('a bug')))
+    path = tmp_path / ('run_rank1.log' if rank else 'run.log')
+    who = 'process 1 of 2: ' if rank else ''
+    assert (status, output) == (1, f'error: {who}ValueError: a bug (traceback in {path})\n')
+    text = path.read_text()
+    assert text.startswith('Traceback (most recent call last):\n')
+    assert text.endswith('ValueError: a bug\n')
+
+
+def test_a_data_error_of_a_worker_process(run):
+    """Its text is the traceback in the worker."""
+    text = 'Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n'
+    text += '  File "a.py", line 3, in f\n    g()\nmmubn.openmmlab.errors.DataError: the image is broken\n'
+    assert run(fail_with(DataError(text))) == (2, 'error: the image is broken\n')
+
+
+@pytest.mark.parametrize('end', [KeyboardInterrupt, GeneratorExit])
+def test_what_is_no_error_is_raised(run, end):
+    with pytest.raises(end):
+        run(fail_with(end()))
 
 
 @pytest.mark.parametrize('arguments', [{}, dict(trust_checkpoint=False), dict(trust_checkpoint=True)])

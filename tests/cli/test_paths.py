@@ -1,10 +1,13 @@
 """mmubn.cli.paths: paths are checked before anything is built, and an error is one sentence."""
 
+import argparse
+
 import pytest
 from mmengine.config import Config
 from mmengine.model import PretrainedInit
 
 from mmubn.cli import UsageError, check_file, check_paths
+from mmubn.cli.paths import check_work_dir
 from mmubn.openmmlab.pretrained import PretrainedInit as OurPretrainedInit
 
 
@@ -35,7 +38,7 @@ class TestCheckPaths:
     @pytest.mark.parametrize(
         ('name', 'what', 'remedy'),
         [
-            ('annotations/train.json', 'train annotation file', 'train_dataloader.dataset.data_root'),
+            ('annotations/train.json', 'train annotation file', 'train_dataloader.dataset.dataset.data_root'),
             ('annotations/val.json', 'val annotation file', 'digits_to_coco.py'),
             ('train', 'train image folder', 'README.md'),
             ('r50.pth', 'checkpoint of model.backbone', 'model.backbone.init_cfg.checkpoint='),
@@ -61,6 +64,31 @@ class TestCheckPaths:
         cfg.val_evaluator[0].ann_file = f'{tmp_path}/gone.json'
         with pytest.raises(UsageError, match='val_evaluator'):
             check_paths(cfg, ('val',), pretrained=False)
+
+    def test_a_classifier_is_told_of_its_own_converter(self, tmp_path):
+        dataset = dict(type='CustomDataset', data_root=f'{tmp_path}/gone')
+        cfg = Config(dict(default_scope='mmpretrain', train_dataloader=dict(dataset=dataset)))
+        with pytest.raises(UsageError, match=r'docs/reproduce\.md .*digits_to_imagefolder\.py') as error:
+            check_paths(cfg, ('train',), pretrained=False)
+        assert 'coco' not in str(error.value).lower()
+
+    @pytest.mark.parametrize('written', ['annotations/val.json', 'data/elsewhere/val.json'])
+    def test_an_evaluator_whose_annotations_lie_below_data_root(self, cfg, tmp_path, written):
+        """It does not know data_root: its path is that of the data set, written whole."""
+        cfg.val_evaluator[0].ann_file = written
+        path = f'{tmp_path}/data/annotations/val.json'
+        message = (
+            rf'{written} does not exist; it is not taken below data_root: set val_evaluator\.0\.ann_file={path}\.$'
+        )
+        with pytest.raises(UsageError, match=message):
+            check_paths(cfg, ('val',), pretrained=False)
+
+    def test_a_path_that_has_data_root_twice(self, cfg, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        cfg.train_dataloader.dataset.dataset.update(data_root='data/', ann_file='data/annotations/train.json')
+        message = r"takes it below its data_root='data/': leave that part out"
+        with pytest.raises(UsageError, match=message):
+            check_paths(cfg, ('train',), pretrained=False)
 
     @pytest.mark.parametrize(
         'kind', ['Pretrained', PretrainedInit, OurPretrainedInit, 'mmengine.model.weight_init.PretrainedInit'], ids=str
@@ -96,3 +124,27 @@ class TestCheckFile:
 
     def test_what_is_no_path(self):
         check_file('torchvision://resnet50', 'the checkpoint', 'give a file', folder=False)
+
+
+class TestCheckWorkDir:
+    def test_is_not_made(self, tmp_path):
+        check_work_dir(str(tmp_path / 'a' / 'b'))
+        assert not any(tmp_path.iterdir())
+
+    @pytest.mark.parametrize('below', ['', '/run'])
+    def test_a_file_in_its_way(self, tmp_path, below):
+        (tmp_path / 'file').write_text('')
+        with pytest.raises(
+            UsageError, match=rf'cannot be made: {tmp_path}/file is a file; give another with --work-dir'
+        ):
+            check_work_dir(f'{tmp_path}/file{below}')
+
+    def test_without_permission(self, tmp_path, monkeypatch):
+        monkeypatch.setattr('os.access', lambda path, mode: False)  # who runs the tests may have all permissions
+        with pytest.raises(UsageError, match=rf'run cannot be written: {tmp_path} is not writable'):
+            check_work_dir(f'{tmp_path}/run')
+
+    def test_a_full_disk(self, tmp_path, monkeypatch):
+        monkeypatch.setattr('shutil.disk_usage', lambda path: argparse.Namespace(free=0))
+        with pytest.raises(UsageError, match=rf'run cannot be written: the disk of {tmp_path} is full'):
+            check_work_dir(f'{tmp_path}/run')

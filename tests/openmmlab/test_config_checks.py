@@ -12,6 +12,7 @@ from mmubn import UBN
 from mmubn.openmmlab.config_checks import (
     ConfigError,
     check_efficient_conv_bn_eval,
+    check_norm_arguments,
     check_norm_types,
     check_norms_used,
 )
@@ -52,6 +53,63 @@ class TestNormTypes:
             ConfigError, match=r"model\.backbone\.norm_cfg\.type='mmubn\.layers' is not a registered norm"
         ):
             check_norm_types(Config(dict(default_scope=scope, model=model)))
+
+    @pytest.mark.parametrize('given', ['BN', ['type=UBN', 'threshold=0.2'], 3])
+    def test_what_is_no_dict(self, given):
+        cfg = Config(dict(model=dict(head=[dict(norm_cfg=given)])))
+        with pytest.raises(
+            ConfigError, match=r'^model\.head\.0\.norm_cfg must be a dict, such as dict\(type='
+        ) as error:
+            check_norm_types(cfg)
+        assert repr(given) in str(error.value)
+
+    def test_without_a_type(self):
+        with pytest.raises(ConfigError, match=r"^model\.norm_cfg=\{'num_groups': 4\} has no type: add one"):
+            check_norm_types(Config(dict(model=dict(norm_cfg=dict(num_groups=4)))))
+
+    @pytest.mark.parametrize(('given', 'meant'), [('UBNN', 'UBN'), ('ubn', 'UBN'), ('SynBN', 'SyncBN')])
+    def test_what_it_resembles(self, given, meant):
+        with pytest.raises(ConfigError, match=rf'did you mean {meant}\?'):
+            check_norm_types(Config(dict(model=dict(norm_cfg=dict(type=given)))))
+
+    def test_without_a_model(self):
+        with pytest.raises(ConfigError, match='the config has no model'):
+            check_norm_types(Config(dict(train_cfg=dict())))
+
+
+class TestNormArguments:
+    @pytest.mark.parametrize(
+        ('norm_cfg', 'message'),
+        [
+            (dict(type='UBN', treshold=0.2), r'treshold=0\.2: UBN has no such argument; did you mean threshold\?'),
+            (dict(type=UBN, treshold=0.2), r'treshold=0\.2: UBN has no such argument; did you mean threshold\?'),
+            (dict(type='BN', threshold=0.2), r'threshold=0\.2: BN has no such argument; it has affine, '),
+            (dict(type='UBN', _delete=True), r'_delete=True: UBN has no such argument; did you mean _delete_\?'),
+            (dict(type='GN'), ' of type GN needs num_groups'),
+        ],
+    )
+    def test_unknown_or_missing(self, norm_cfg, message):
+        with pytest.raises(ConfigError, match=rf'^model\.backbone\.norm_cfg\.?{message}'):
+            check_norm_arguments(Config(dict(model=dict(backbone=dict(norm_cfg=norm_cfg)))))
+
+    def test_a_value(self):
+        cfg = Config(dict(model=dict(backbone=dict(norm_cfg=dict(type='UBN', kernel_size=4)))))
+        with pytest.raises(ConfigError, match=r'^model\.backbone\.norm_cfg: UBN: kernel_size must be .* got 4'):
+            check_norm_arguments(cfg)
+
+    @pytest.mark.parametrize(
+        'norm_cfg',
+        [
+            dict(type='UBN', requires_grad=False, eps=1e-3, threshold=None),
+            dict(type='BN', momentum=0.03, eps=0.001, requires_grad=True),
+            dict(type='SyncBN', process_group=None),
+            dict(type='GN', num_groups=32),
+            dict(type='LN', eps=1e-6),
+        ],
+        ids=lambda norm_cfg: norm_cfg['type'],
+    )
+    def test_right(self, norm_cfg):
+        check_norm_arguments(Config(dict(model=dict(backbone=dict(norm_cfg=norm_cfg)))))
 
 
 class Net(BaseModule):

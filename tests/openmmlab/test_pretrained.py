@@ -220,7 +220,7 @@ class TestAsInMMEngine:
 
     def test_no_state_dict(self, path):
         torch.save([1, 2], path)
-        with pytest.raises(ValueError, match=r'classifier\.pth: expected a state dict'):
+        with pytest.raises(ValueError, match=r'classifier\.pth is no checkpoint: it holds a list'):
             backbone(dict(checkpoint=path))
 
     def test_registered_under_its_name(self):

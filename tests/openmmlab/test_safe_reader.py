@@ -244,7 +244,8 @@ class TestOtherFiles:
             with pytest.raises(UnreadCheckpointError) as error:
                 reader(path)
             what = 'cannot be read' if trust else 'is no checkpoint, or only a part of one'
-            assert str(error.value).startswith(f'{path} {what}: ')
+            what = f'{what}: ' if content else 'is no checkpoint: the file is empty; copy or save it again'
+            assert str(error.value).startswith(f'{path} {what}')
             assert '\n' not in str(error.value)
             assert '--trust-checkpoint' not in str(error.value)
 

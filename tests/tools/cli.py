@@ -34,6 +34,11 @@ def tool(name, *arguments, **environment):
     return forks.together(_run_tool, (name, arguments, environment))[0]
 
 
+def script(folder, path, *arguments):
+    """``python path arguments`` in ``folder``, as :func:`tool` does it."""
+    return forks.together(_run_script, (folder, path, arguments))[0]
+
+
 def call(monkeypatch, name, *arguments):
     """Run a tool as ``__main__`` in this process; its exit status."""
     path = ROOT / 'tools' / name
@@ -57,9 +62,12 @@ def ranks(count, name, *arguments, **environment):
 
 
 def _run_tool(name, arguments, environment):
-    path = ROOT / 'tools' / name
-    os.chdir(ROOT)
     os.environ.update(environment)
+    _run_script(ROOT, ROOT / 'tools' / name, arguments)
+
+
+def _run_script(folder, path, arguments):
+    os.chdir(folder)
     torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))  # which OpenMP read before the fork
     sys.argv = [str(part) for part in (path, *arguments)]
     runpy.run_path(str(path), run_name='__main__')

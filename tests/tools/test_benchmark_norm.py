@@ -186,6 +186,7 @@ def test_layer_on_a_gpu(monkeypatch, capsys, tmp_path, graphs):
         (['sweep', '--base', '1,4,8,8', '--sides', '1'], r'1x4x1x1 fp32 nchw has a single value per channel'),
         (['sweep', '--dtype', 'fp32', 'bf16'], r'unrecognized arguments: bf16'),
         (['layer', '--out', str(PATH)], r'benchmark_norm.py is a file; give the path of a folder'),
+        (['layer', '--out', str(PATH / 'new')], r'new cannot be written: .*benchmark_norm.py is no folder'),
         ([], r'the following arguments are required: MODE'),
     ],
 )

@@ -1,6 +1,9 @@
 """tools/model_converters/convert_norm.py."""
 
 import argparse
+import errno
+import os
+import zipfile
 
 import pytest
 import torch
@@ -148,8 +151,10 @@ def test_refuses_with_one_line(tmp_path, run):
         ({'state_dict': network(IEBN).state_dict()}, '1.scale_weight of IEBN: expected zeros'),
         ({'state_dict': {'weight': torch.ones(1)}}, 'no norm layer with running statistics'),
         ({'state_dict': {'bn.running_mean': torch.ones(1)}}, 'bn.running_var is missing'),
-        ({'epoch': 3}, 'no state dict'),
+        ({'epoch': 3}, 'no state dict, itself or as state_dict, ema_state_dict, model, model_ema; it holds epoch'),
+        ({}, 'it holds nothing'),
         ([torch.ones(1)], 'holds a list'),
+        (torch.ones(1), 'holds a Tensor'),
     ]:
         torch.save(content, source)
         refuses(source, target, message)
@@ -157,3 +162,38 @@ def test_refuses_with_one_line(tmp_path, run):
         refuses(path, target, f'{path.name} is no checkpoint')
     refuses(tmp_path / 'none.pth', target, 'none.pth does not exist')
     refuses(source, tmp_path / 'none' / 'target.pth', 'the folder of')
+    refuses(tmp_path, target, f'{tmp_path} is a folder')
+
+
+def test_a_part_of_a_file(tmp_path, run):
+    source, target = tmp_path / 'source.pth', tmp_path / 'target.pth'
+    torch.save(network(nn.BatchNorm2d).state_dict(), source)
+    content = source.read_bytes()
+    with zipfile.ZipFile(tmp_path / 'other.pth', 'w') as archive:
+        archive.writestr('text', 'no checkpoint')
+    source.write_bytes(content[: len(content) // 2])
+    for path in (source, tmp_path / 'other.pth'):
+        status, output = run(path, target, '--to', 'ubn')
+        assert (status, output.count('\n')) == (2, 1)
+        assert output.startswith(f'error: {path} is no checkpoint, or only a part of one'), output
+        assert not target.exists()
+
+
+def test_the_destination(tmp_path, run, monkeypatch):
+    source, target = tmp_path / 'source.pth', tmp_path / 'target.pth'
+    torch.save(network(nn.BatchNorm2d).state_dict(), source)
+    before = source.read_bytes()
+    (tmp_path / 'link.pth').symlink_to(source)
+    target.write_text('old')
+    monkeypatch.setattr(os, 'fsync', lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, 'No space left on device')))
+    for dst, message in [
+        (tmp_path, f'{tmp_path} is a folder; give the path of the file to write'),
+        (source, f'{source} is the file to read, too; write to another one'),
+        (tmp_path / 'link.pth', 'link.pth is the file to read, too'),
+        (target, f'{target} could not be written: No space left on device; make room there'),
+    ]:
+        status, output = run(source, dst, '--to', 'ubn')
+        assert status == 2
+        assert message in output.splitlines()[-1]
+        assert (source.read_bytes(), target.read_text()) == (before, 'old')
+    assert len(list(tmp_path.iterdir())) == 3, 'nothing half-written'

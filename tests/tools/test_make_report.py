@@ -137,7 +137,9 @@ def test_the_images_are_pictures(report):
         data = base64.b64decode(data, validate=True)
         if kind == 'jpeg':
             with Image.open(io.BytesIO(data)) as image:
-                assert image.size == (128, 64)  # 64x64, annotated and predicted
+                # 64x64, 8 times enlarged, annotated and predicted, below a strip that says so; then 1000 pixels wide.
+                assert image.width == 1000
+                assert 500 < image.height < 560
                 assert np.asarray(image).std() > 5
         else:
             assert ElementTree.fromstring(data).tag.endswith('svg')
@@ -155,17 +157,70 @@ def test_config_and_environment_are_those_of_the_run(report):
 def test_the_summary_has_the_last_values_of_the_log(report):
     (log,) = report.glob('*/vis_data/scalars.json')
     last = json.loads(log.read_text().splitlines()[-1])
-    rows = Page((report / 'report.html').read_text()).texts['tr']
-    assert len(rows) == 1 + 12
-    value = f'{last["coco/bbox_mAP"]:.4g} (epoch 2)'
-    assert re.fullmatch(rf'{re.escape(report.name)}coco/bbox_mAP{re.escape(value * 2)}82\d:\d\d:\d\d', rows[1])
-    assert rows[5].endswith('coco/bbox_mAP_m-1 (epoch 2)-1 (epoch 2)')
+    page = Page((report / 'report.html').read_text())
+    metrics = {tag: value for tag, value in last.items() if tag.startswith('coco/') and value != -1}
+    assert len(metrics) < 12, 'there are no large digits'
+    rows = [f'{tag}{f"{value:.4g} (epoch 2)" * 2}' for tag, value in metrics.items()]
+    assert page.texts['tr'] == ['metriclasthighest', *rows]
+    assert re.search(r'Trained for 8 iterations, 2 epochs in \d:\d\d:\d\d ', ' '.join(page.texts['p']))
+    visible = [text for tag in ('h1', 'h2', 'tr', 'figcaption') for text in page.texts[tag]]
+    assert [text for text in visible if report.name in text] == [str(report)], 'the title alone names the run'
 
 
-def test_the_page_opens_in_a_browser_without_a_network(report, tmp_path):
+@pytest.fixture
+def browse(tmp_path):
+    """Open a page in a window of a width; its document afterwards, and maybe a picture of it."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f'no browser is installed: none of {", ".join(BROWSERS)} is on the PATH')
+    flags = '--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking'
+    flags += ' --disable-component-update --disable-sync --hide-scrollbars --allow-file-access-from-files'
+
+    def run(page, width, height, picture=None):
+        size = f'--window-size={width},{height}'
+        command = [browser, *flags.split(), size, f'--user-data-dir={tmp_path / "profile"}']
+        for output in ('--dump-dom', *([f'--screenshot={picture}'] if picture else [])):
+            result = subprocess.run([*command, output, page.as_uri()], capture_output=True, text=True, timeout=120)
+            assert result.returncode == 0, result.stderr
+            if output == '--dump-dom':
+                dom = result.stdout
+        return dom
+
+    return run
+
+
+def test_on_a_phone_what_is_wide_scrolls_by_itself_and_not_the_page(browse, monkeypatch, tmp_path):
+    """A window has at least 500 pixels, so the page is in a frame of 360."""
+    for name in ('a_run_with_a_name_that_is_longer_than_a_phone_is_wide', 'ubn'):
+        write_run(tmp_path / 'runs' / name)
+        write_hook_files(tmp_path / 'runs' / name / START)
+    make(monkeypatch, tmp_path / 'runs')
+    frame = tmp_path / 'frame.html'
+    frame.write_text("""<iframe src="runs/report.html" style="width: 360px; height: 800px; border: 0"></iframe>
+        <script>addEventListener('load', () => {
+            const page = frames[0].document;
+            for (const each of page.querySelectorAll('details')) each.open = true;
+            const box = page.querySelector('table').parentElement;
+            box.scrollLeft = 10000;
+            const seen = page.querySelector('tr').lastElementChild.getBoundingClientRect();
+            const result = {
+                page: page.documentElement.scrollWidth,
+                table: box.scrollWidth,
+                box: box.clientWidth,
+                lastColumnEnds: seen.right,
+                sizes: [...page.images].map(image => image.getBoundingClientRect().width / image.naturalWidth),
+            };
+            document.documentElement.dataset.result = JSON.stringify(result);
+        });</script>""")
+    dom = browse(frame, 600, 800)
+    result = json.loads(re.search('data-result="(.*?)"', dom)[1].replace('&quot;', '"'))
+    assert result['page'] == 360
+    assert result['table'] > result['box']
+    assert result['lastColumnEnds'] <= 360, 'the last column can be scrolled to'
+    assert min(result['sizes']) > 0.6, 'what is drawn is not shrunk until it cannot be read'
+
+
+def test_the_page_opens_in_a_browser_without_a_network(browse, report, tmp_path):
     # Before the policy of the page, which lets no script in after it.
     script = """<script>addEventListener('load', () => {
         const images = [...document.images];
@@ -177,15 +232,8 @@ def test_the_page_opens_in_a_browser_without_a_network(report, tmp_path):
     html = (report / 'report.html').read_text()
     copy = tmp_path / 'copy.html'
     copy.write_text(html.replace('<head>', f'<head>{script}', 1))
-    flags = '--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking'
-    flags += ' --disable-component-update --disable-sync --hide-scrollbars --window-size=600,4000'
-    command = [browser, *flags.split(), f'--user-data-dir={tmp_path / "profile"}']
     picture = tmp_path / 'page.png'
-    for output in ('--dump-dom', f'--screenshot={picture}'):
-        result = subprocess.run([*command, output, copy.as_uri()], capture_output=True, text=True, timeout=120)
-        assert result.returncode == 0, result.stderr
-        if output == '--dump-dom':
-            dom = result.stdout
+    dom = browse(copy, 600, 4000, picture)
     assert f'data-decoded="{len(Page(html).images)}"' in dom
     assert 'data-loaded=""' in dom
     assert 'data-wide="600"' in dom, 'what is wider than a small window scrolls by itself, not the page'
@@ -218,9 +266,9 @@ def test_several_runs_have_a_table_common_curves_and_a_part_each(monkeypatch, tm
     write_hook_files(tmp_path / 'UBN' / START)
     page = make(monkeypatch, tmp_path)
     assert page.texts['tr'][1:] == [
-        'BN/seed0accuracy/top160 (epoch 2)60 (epoch 2)1021:01:05',
-        'BN/seed1accuracy/top130 (epoch 2)40 (epoch 1)1021:01:05',
-        'UBNaccuracy/top160 (epoch 2)60 (epoch 2)1021:01:05',
+        'BN/seed0accuracy/top160% (epoch 2)60% (epoch 2)1021:01:05',
+        'BN/seed1accuracy/top130% (epoch 2)40% (epoch 1)1021:01:05',
+        'UBNaccuracy/top160% (epoch 2)60% (epoch 2)1021:01:05',
     ]
     assert page.texts['h2'] == [*SECTIONS[:3], 'Runs']
     assert [each.strip() for each in page.texts['summary'] if each != 'Show'] == ['BN/seed0', 'BN/seed1', 'UBN']
@@ -266,7 +314,41 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_shown(monkeypatch, tmp_pat
         assert f'{START}.log: cannot be read: No such file' in text
         assert f'{tmp_path / "failed"}: a run that has logged nothing' in text
         assert f'{tmp_path / "last_checkpoint"} does not exist' in text
-    assert page.texts['tr'][1] == f'{tmp_path.name}accuracy/top140 (epoch 1)40 (epoch 1)1020:00:00'
+    assert page.texts['tr'][1] == 'accuracy/top140% (epoch 1)40% (epoch 1)'
+    assert 'Trained for 10 iterations, 2 epochs in 0:00:00 ' in notes
+
+
+def test_images_of_mmdetections_hook_say_which_half_is_which(monkeypatch, tmp_path):
+    """The hook draws a pair; its start's config says that it did."""
+    write_run(tmp_path)
+    folder = tmp_path / 'test' / '20260102_120000'
+    (folder / 'predictions').mkdir(parents=True)
+    Image.new('RGB', (240, 120), (200, 0, 0)).save(folder / 'predictions' / '1.png')
+    sizes = {}
+    for hook in ('DetVisualizationHook', 'VisualizationHook'):
+        (folder / 'vis_data').mkdir(exist_ok=True)
+        (folder / 'vis_data' / 'config.py').write_text(f"default_hooks = dict(visualization=dict(type='{hook}'))\n")
+        (uri,) = (uri for uri in make(monkeypatch, tmp_path).images if 'jpeg' in uri)
+        with Image.open(io.BytesIO(base64.b64decode(uri.split(',')[1]))) as image:
+            sizes[hook] = image.size
+            if hook == 'DetVisualizationHook':
+                strip = np.asarray(image.convert('L'))[: image.height - 480]
+    assert sizes['VisualizationHook'] == (240, 120)
+    assert sizes['DetVisualizationHook'][0] == 960
+    assert all(half.min() < 100 < 250 < half.max() for half in np.split(strip, 2, axis=1)), 'each half is named'
+
+
+@pytest.mark.parametrize('case', ['gone', 'file', 'report.pdf', '.', 'file/report.html'])
+def test_what_cannot_be_read_or_written_is_said_before_any_work(monkeypatch, tmp_path, capsys, case):
+    write_run(tmp_path / 'run')
+    (tmp_path / 'file').touch()
+    before = sorted(tmp_path.rglob('*'))
+    arguments = [tmp_path / case] if case in ('gone', 'file') else [tmp_path / 'run', '--out', tmp_path / case]
+    assert call(monkeypatch, TOOL, *arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith('error: ')
+    assert str(tmp_path / case) in line
+    assert sorted(tmp_path.rglob('*')) == before
 
 
 def test_a_folder_without_runs(monkeypatch, tmp_path, capsys):

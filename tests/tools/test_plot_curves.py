@@ -51,16 +51,14 @@ def test_a_run_of_mmdetection(trained, plot, tmp_path):
     """Two epochs of four iterations, validated at their end, as MMEngine logged them."""
     status, figure, caption, output = plot(trained)
     assert status == 0
-    left, right = figure.axes
+    left, box, mask = figure.axes
     records = [json.loads(line) for line in next(trained.glob('*/vis_data/scalars.json')).read_text().splitlines()]
     losses = [record['loss'] for record in records if 'iter' in record]
     assert points(left.lines[0]) == [list(range(1, 9)), losses]
-    assert [points(line) for line in right.lines] == [
-        [[2], [records[-1]['coco/bbox_mAP']]],
-        [[2], [records[-1]['coco/segm_mAP']]],
-    ]
-    assert right.get_ylabel().endswith('(from 0 to 1)')
-    assert 'bbox_mAP, segm_mAP' in caption
+    for axis, name in ((box, 'bbox_mAP'), (mask, 'segm_mAP')):
+        assert [points(line) for line in axis.lines] == [[[2], [records[-1][f'coco/{name}']]]]
+        assert axis.get_ylabel() == f'{name} (from 0 to 1)'
+    assert 'bbox_mAP (from 0 to 1), segm_mAP (from 0 to 1) on the validation data' in caption
     assert 'wrote' in output.out
     pixels = np.asarray(Image.open(tmp_path / 'curves.png').convert('RGB'))
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10, 'an empty page has few colours'
@@ -82,12 +80,11 @@ def test_runs_of_several_seeds_are_a_mean_and_a_band_of_one_standard_deviation(p
         (band,) = axis.collections
         heights = band.get_paths()[0].vertices[:, 1]
         np.testing.assert_allclose([heights.min(), heights.max()], [mean - deviation, mean + deviation])
-    assert labels(left) == ['bn loss, 2 seeds', 'ubn loss']
-    assert labels(right) == ['bn top1, 2 seeds', 'ubn top1']
-    assert caption.startswith('bn, ubn. Left: training loss')
+    assert labels(left) == labels(right) == ['bn, 2 seeds', 'ubn']
+    assert caption.startswith('bn, ubn. Training loss: each point')
     assert 'bands one standard deviation' in caption
     assert (left.get_xlabel(), right.get_xlabel()) == ('iteration', 'epoch')
-    assert right.get_ylabel() == 'top1 on the validation data (%)'
+    assert right.get_ylabel() == 'top1 (%)'
 
 
 def test_lines_stay_apart_in_black_and_white_and_a_run_looks_the_same_left_and_right(plot, tmp_path):
@@ -106,7 +103,7 @@ def test_a_seed_that_was_interrupted_ends_the_mean_and_the_caption_says_so(plot,
     left, right = figure.axes
     assert points(left.lines[0]) == [[10], [4.0]]
     assert points(right.lines[0]) == [[1], [60.0]]
-    assert 'bn loss: 1 of 3 points, those that all seeds have.' in caption
+    assert 'bn training loss: 1 of 3 points, those that all seeds have.' in caption
     assert 'bn top1: 1 of 3 points, those that all seeds have.' in caption
 
 
@@ -116,7 +113,7 @@ def test_a_run_that_has_not_validated_yet_is_named_in_the_caption(plot, tmp_path
     status, figure, caption, _ = plot(tmp_path / 'bn', tmp_path / 'ubn')
     assert status == 0
     assert [len(axis.lines) for axis in figure.axes] == [2, 1]
-    assert 'ubn top1: nothing logged.' in caption
+    assert 'ubn: no validation yet.' in caption
 
 
 def test_a_cut_off_line_is_reported_and_the_rest_shown(plot, tmp_path):
@@ -129,30 +126,103 @@ def test_a_cut_off_line_is_reported_and_the_rest_shown(plot, tmp_path):
     assert points(figure.axes[1].lines[0]) == [[1], [50.0]]
 
 
-def test_a_run_without_logs_is_reported_in_one_line_after_the_others_were_plotted(plot, tmp_path):
+def write_detector(run):
+    """A run whose loss has parts, with a metric that is lower than a percent of the classifier's."""
+    records = []
+    for epoch, ap in enumerate((0.4, 0.85), 1):
+        loss = training(10 * epoch, epoch, loss=4.0) | {'loss_cls': 1.0, 'loss_bbox': 3.0}
+        records += [loss, validation(epoch, ap, 'coco/bbox_mAP') | {'coco/bbox_mAP_l': -1.0}]
+    return write_log(run, records)
+
+
+def test_a_classifier_and_a_detector_share_no_axis(plot, tmp_path):
+    """The first epoch's accuracy is half a percent: no value tells the unit."""
+    write_run(tmp_path / 'classifier', [2.0, 1.0], [0.5, 41.0])
+    write_detector(tmp_path / 'detector')
+    status, figure, caption, _ = plot(tmp_path / 'classifier', tmp_path / 'detector')
+    assert status == 0
+    shown = [(axis.get_ylabel(), labels(axis), list(axis.lines[0].get_ydata())) for axis in figure.axes]
+    assert shown == [
+        ('training loss', ['classifier'], [2.0, 1.0]),
+        ('training loss', ['detector'], [4.0, 4.0]),
+        ('bbox_mAP (from 0 to 1)', ['detector'], [0.4, 0.85]),
+        ('top1 (%)', ['classifier'], [0.5, 41.0]),
+    ]
+    assert 'Losses on other axes have other parts and cannot be compared.' in caption
+
+
+def test_an_accuracy_below_one_percent_is_percent(plot, tmp_path):
+    write_run(tmp_path / 'bn', [7.0, 6.9], [0.1, 0.8])
+    _, figure, _, _ = plot(tmp_path / 'bn')
+    assert figure.axes[1].get_ylabel() == 'top1 (%)'
+
+
+def test_epochs_and_iterations_share_no_axis(plot, tmp_path):
+    write_run(tmp_path / 'epochs', [2.0, 1.0], [50.0, 60.0])
+    record = {key: value for key, value in training(10, 1).items() if key != 'epoch'}
+    write_log(tmp_path / 'iterations', [record, validation(10, 50.0)])
+    _, figure, _, _ = plot(tmp_path / 'epochs', tmp_path / 'iterations')
+    shown = [(axis.get_ylabel(), axis.get_xlabel(), labels(axis)) for axis in figure.axes[1:]]
+    assert shown == [('top1 (%)', 'epoch', ['epochs']), ('top1 (%)', 'iteration', ['iterations'])]
+
+
+def test_metrics_of_one_name_share_no_axis(plot, tmp_path):
+    write_log(tmp_path / 'a', [training(10, 1), validation(1, 0.5, 'pascal_voc/mAP')])
+    write_log(tmp_path / 'b', [training(10, 1), validation(1, 50.0, 'multi-label/mAP')])
+    _, figure, _, _ = plot(tmp_path / 'a', tmp_path / 'b', '--metrics', 'mAP')
+    assert [axis.get_ylabel() for axis in figure.axes[1:]] == ['mAP (from 0 to 1)', 'mAP (%)']
+
+
+@pytest.mark.parametrize('wrong', ['gone', 'file', 'empty', 'broken', 'silent', '.'])
+def test_a_run_that_cannot_be_read_is_named_before_anything_is_written(plot, tmp_path, wrong):
     write_run(tmp_path / 'bn', [3.0], [50.0])
-    status, figure, _, output = plot(tmp_path / 'none', tmp_path / 'bn')
-    assert status == 2
-    assert labels(figure.axes[0]) == ['bn loss']
-    assert (tmp_path / 'curves.png').exists()
-    assert output.err.count('\n') == 1
-    assert output.err.startswith('error: no log ')
-    assert f' of {tmp_path}/none;' in output.err
+    (tmp_path / 'file').touch()
+    (tmp_path / 'empty').mkdir()
+    write_log(tmp_path / 'broken', []).write_text('{"loss": 1.0, "st\n\x00\n')
+    write_log(tmp_path / 'silent', [{'step': 1}])
+    before = sorted(tmp_path.iterdir())
+    status, figure, _, output = plot(tmp_path / 'bn', tmp_path / wrong)
+    assert (status, figure) == (2, None)
+    (line,) = output.err.splitlines()
+    assert line.startswith('error: ')
+    assert str(tmp_path / wrong) in line
+    assert sorted(tmp_path.iterdir()) == before
 
 
-def test_no_run_with_logs_writes_nothing(plot, tmp_path):
-    status, _, _, output = plot(tmp_path / 'none')
-    assert status == 2
-    assert f' of {tmp_path}/none;' in output.err
-    assert not any(tmp_path.iterdir())
+@pytest.mark.parametrize('out', ['curves.pdf', 'file/curves.png', '.', '/proc/curves.png'])
+def test_where_no_plot_can_be_written_no_log_is_read(monkeypatch, tmp_path, capsys, out):
+    (tmp_path / 'file').touch()
+    run = tmp_path / 'gone'
+    assert call(monkeypatch, 'analysis_tools/plot_curves.py', run, '--out', tmp_path / out) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith('error: ')
+    assert str(tmp_path / out) in line
+    assert [path.name for path in tmp_path.iterdir()] == ['file']
+
+
+def test_a_line_that_a_live_run_is_writing_is_left_out(plot, tmp_path):
+    log = write_run(tmp_path / 'bn', [3.0, 2.0], [50.0, 60.0])
+    log.write_text(log.read_text().rstrip('\n'))  # whole, but for the end of the line
+    status, figure, _, output = plot(tmp_path / 'bn')
+    assert status == 0
+    assert points(figure.axes[1].lines[0]) == [[1, 2], [50.0, 60.0]]
+    assert 'cut off' not in output.out
 
 
 def test_metrics_that_no_run_has_are_reported_with_those_that_are_there(plot, tmp_path):
     write_run(tmp_path / 'bn', [3.0], [50.0])
-    status, figure, _, output = plot(tmp_path / 'bn', '--metrics', 'top2', 'loss')
-    assert status == 2
+    status, figure, _, output = plot(tmp_path / 'bn', '--metrics', 'top1', 'top2', 'loss')
+    assert (status, figure) == (2, None)
     assert output.err == 'error: no validation metric top2 or loss is in the logs; there are: accuracy/top1.\n'
-    assert [len(axis.lines) for axis in figure.axes] == [1, 0]
+
+
+def test_metrics_of_ones_own_are_asked_for(plot, tmp_path):
+    write_log(tmp_path / 'own', [training(10, 1), validation(1, 3.5, 'own/score')])
+    status, _, _, output = plot(tmp_path / 'own')
+    assert status == 2
+    assert 'there are: own/score; choose with --metrics.' in output.err
+    _, figure, _, _ = plot(tmp_path / 'own', '--metrics', 'score')
+    assert figure.axes[1].get_ylabel() == 'score'
 
 
 def test_a_band_that_reaches_down_to_almost_0_leaves_the_axis_to_the_curves(plot, tmp_path):

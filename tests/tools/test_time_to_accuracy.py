@@ -103,23 +103,54 @@ def test_a_run_without_times_has_epochs_and_no_seconds(bn, tmp_path, compare):
     assert f'{run}: its logs have no time' in output.out
 
 
-def test_runs_that_cannot_be_compared_are_reported_in_one_line_after_the_others(bn, ubn, tmp_path, compare):
+def test_runs_that_cannot_be_compared_are_named_before_anything_is_written(bn, ubn, tmp_path, compare):
     detector = write_run(tmp_path / 'detector', 0.1, [0.3], 'coco/bbox_mAP')
     untested = tmp_path / 'untested'
     write_log(untested, [training(10, 1)])
-    status, rows, _, output = compare('--reference', *bn, '--runs', tmp_path / 'none', detector, untested, *ubn)
-    assert status == 2
-    assert list(rows) == ['ubn']
-    assert output.err.count('\n') == 1
-    assert f' of {tmp_path}/none;' in output.err
-    assert 'detector has no epoch with top1 in all its logs; logged are: coco/bbox_mAP.' in output.err
-    assert 'untested has no epoch with top1 in all its logs; no metric is logged yet.' in output.err
-
-
-def test_nothing_to_compare_with_is_an_error_that_writes_nothing(bn, tmp_path, compare):
-    status, _, text, output = compare('--reference', tmp_path / 'none', '--runs', *bn)
+    status, _, text, output = compare('--reference', *bn, '--runs', detector, untested, *ubn)
     assert (status, text) == (2, '')
-    assert f' of {tmp_path}/none;' in output.err
+    assert output.err.count('\n') == 1
+    assert 'detector has no validation with top1 in all its logs; logged are: coco/bbox_mAP.' in output.err
+    assert 'untested has no validation with top1 in all its logs; no metric is logged yet.' in output.err
+
+
+@pytest.mark.parametrize('option', ['--reference', '--runs'])
+def test_a_missing_run_is_an_error_that_writes_nothing(bn, tmp_path, compare, option):
+    other = '--runs' if option == '--reference' else '--reference'
+    status, _, text, output = compare(option, tmp_path / 'none', *bn, other, *bn)
+    assert (status, text) == (2, '')
+    assert f'{tmp_path}/none does not exist' in output.err
+
+
+def test_metrics_of_one_name_are_not_compared(tmp_path, compare):
+    a = write_run(tmp_path / 'a', 0.1, [50.0], 'multi-label/mAP')
+    b = write_run(tmp_path / 'b', 0.1, [0.6], 'pascal_voc/mAP')
+    status, _, text, output = compare('--reference', a, '--runs', b, '--metric', 'mAP')
+    assert (status, text) == (2, '')
+    assert 'mAP is not one and the same metric in these runs: multi-label/mAP, pascal_voc/mAP.' in output.err
+
+
+def test_an_accuracy_below_one_percent_is_percent(tmp_path, compare):
+    a = write_run(tmp_path / 'a', 0.1, [0.5, 0.8])
+    assert compare('--reference', a, '--runs', a)[2].startswith('## The best of a: top1 0.80%\n')
+
+
+def test_runs_without_epochs_are_compared_by_iterations(bn, tmp_path, compare):
+    record = {key: value for key, value in training(10, 1).items() if key != 'epoch'}
+    write_log(tmp_path / 'a', [record, validation(10, 50.0), {**record, 'iter': 20, 'step': 20}, validation(20, 60.0)])
+    status, rows, text, _ = compare('--reference', tmp_path / 'a', '--runs', tmp_path / 'a')
+    assert status == 0
+    assert 'Reached after iteration 20 of 20 and 2.0 s of 2.0 s' in text
+    assert rows['a'][:2] == ['20 (20)', '2.0']
+    status, _, _, output = compare('--reference', tmp_path / 'a', '--runs', *bn)
+    assert status == 2
+    assert 'runs that count epochs and iterations cannot be compared: a iterations, bn epochs.' in output.err
+
+
+def test_a_table_that_cannot_be_written_is_said_before_the_logs_are_read(monkeypatch, tmp_path, capsys):
+    arguments = ['--reference', 'gone', '--runs', 'gone', '--out', tmp_path]
+    assert call(monkeypatch, 'analysis_tools/time_to_accuracy.py', *arguments) == 2
+    assert f'{tmp_path} is a folder' in capsys.readouterr().err
 
 
 def test_a_cut_off_line_is_reported_and_the_rest_compared(bn, ubn, compare):

@@ -68,9 +68,15 @@ class TestOneProcess:
             'model.roi_head.mask_roi_extractor=None',
             'test_evaluator.metric=bbox',
         ]
-        options = ['--tta', '--work-dir', tmp_path, '--cfg-options', *small, *boxes]  # MMDetection merges boxes alone
+        options = ['--tta', '--work-dir', tmp_path, '--allow-partial', '--cfg-options', *small]
         result = tool('test.py', CONFIG, trained / 'epoch_2.pth', *options)
+        assert result.returncode == 2
+        last = result.stdout.splitlines()[-1]
+        assert last.startswith('error: --tta merges boxes, by DetTTAModel of MMDetection, and the model has masks')
+        assert all(option in last for option in boxes), 'what to do'
+        result = tool('test.py', CONFIG, trained / 'epoch_2.pth', *options, *boxes)
         assert result.returncode == 0, result.stdout
+        assert 'keys of the model loaded; 8 keys are not in the model (roi_head.mask_head' in result.stdout
         assert 'coco/bbox_mAP' in metrics(tmp_path)
 
     def test_amp_and_auto_scale_lr(self, small, tmp_path):
@@ -306,12 +312,22 @@ class TestBadInput:
         assert last.startswith('error: ')
         assert 'backbone.layer1.0.bn1.scale_bias is missing' in last
 
+    def test_a_checkpoint_of_another_model_ends_in_one_line(self, small, tmp_path, trained):
+        checkpoint = trained / 'epoch_2.pth'
+        options = ['--work-dir', tmp_path, '--cfg-options', *small, 'model.roi_head.mask_head=None']
+        result = tool('test.py', CONFIG, checkpoint, *options, 'model.roi_head.mask_roi_extractor=None')
+        assert result.returncode == 2, result.stdout
+        last = result.stdout.strip().splitlines()[-1]
+        assert last.startswith(f'error: {checkpoint} does not fit this MaskRCNN: 8 keys are not in the model (roi_head')
+        assert 'from a training of MaskRCNN, epoch 2, 10 classes (0, 1, 2 and 7 more)' in last
+        assert last.endswith('if you mean it, add --allow-partial.')
+
     def test_resuming_with_another_norm_ends_in_one_line(self, toy_config, tmp_path):
         run_here = [toy_config, '--work-dir', tmp_path / 'run']
         for result in ranks(2, 'train.py', *run_here):
             assert result.returncode == 0, result.stdout
         last = tmp_path / 'run' / 'epoch_1.pth'
-        another = ['--cfg-options', 'train_cfg.max_epochs=2', 'model.kernel_size=5']
+        another = ['--cfg-options', 'train_cfg.max_epochs=2', '+model.kernel_size=5']
         for results in (
             ranks(2, 'train.py', *run_here, '--resume', *another),
             [tool('train.py', *run_here, '--resume', last, *another)],

@@ -3,6 +3,7 @@
 import functools
 import http.server
 import os
+import shutil
 import threading
 
 import pytest
@@ -177,7 +178,7 @@ def test_the_launcher_of_several_processes(config, bad, marker, tmp_path):
     [('dist_train.sh', 'CONFIG 2'), ('dist_test.sh', 'CONFIG FILE 2'), ('slurm_train.sh', 'PARTITION JOB CONFIG DIR')],
 )
 def test_the_scripts_pass_the_option_on(tmp_path, script, arguments):
-    for name in ('torchrun', 'srun'):
+    for name in ('python', 'srun'):
         (tmp_path / name).write_text('#!/bin/sh\necho "$@"\n')
         (tmp_path / name).chmod(0o755)
     result = run(ROOT / 'tools' / script, *arguments.split(), TRUST, PATH=f'{tmp_path}:{os.environ["PATH"]}')
@@ -233,8 +234,10 @@ def test_the_text_of_a_config_in_a_checkpoint(config, real, marker, tmp_path):
     )
     arguments = ('train.py', config, '--work-dir', tmp_path / 'run', '--resume')
     check_refused(tool(*arguments, path), marker, path, sentence)
-    (tmp_path / 'run' / 'last_checkpoint').write_text(str(path))
-    check_refused(tool(*arguments), marker, f'the last checkpoint in {tmp_path / "run"}', sentence)
+    last = tmp_path / 'run' / 'bad.pth'
+    shutil.copy(path, last)
+    (tmp_path / 'run' / 'last_checkpoint').write_text(str(last))
+    check_refused(tool(*arguments), marker, last, sentence)
     result = tool('test.py', config, path, '--work-dir', tmp_path / 'test')  # where nothing would run it
     assert result.returncode == 0, result.stdout
     assert not marker.exists()
@@ -266,7 +269,11 @@ def test_what_is_no_checkpoint_ends_in_one_line(config, tmp_path, content):
         assert result.returncode == 2, result.stdout
         last = result.stdout.splitlines()[-1]
         assert last.startswith(
-            (f'error: {path} is no checkpoint, or only', f'error: the checkpoint {path} is a folder')
+            (
+                f'error: {path} is no checkpoint, or only',
+                f'error: {path} is no checkpoint: the file is empty',
+                f'error: the checkpoint {path} is a folder',
+            )
         )
         assert 'Traceback' not in result.stdout
 

@@ -55,6 +55,7 @@ from mmubn.analysis.benchmark import (
     sweep_axes,
     write_csv,
 )
+from mmubn.analysis.outputs import unwritable
 
 # The norms of a ResNet-50 in a detector, two images of about 400x400 pixels, and one of ImageNet training.
 LAYER_SHAPES = [
@@ -173,6 +174,8 @@ def check(args: argparse.Namespace, error: Callable[[str], None]) -> None:
             error(f'{setting} has a single value per channel, which has no variance; take a larger batch or map')
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         error(f'--out {args.out} is a file; give the path of a folder')
+    if args.out is not None and (problem := unwritable(args.out / 'results.md')):
+        error(f'--out {args.out} cannot be written: {problem}')
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mmubn.analysis.comparison import plot, read_curves, summarize, write_tables
+from mmubn.analysis.plots import check_output
 from mmubn.analysis.sweeps import RUN_DONE, SweepRun, read_sweeps
 from mmubn.cli import UsageError, add_debug_argument, add_trust_argument, run_tool
 
@@ -214,6 +215,8 @@ def train_all(runs: list[SweepRun], work_dir: Path, jobs: int, console: Console,
 def main(args: argparse.Namespace) -> None:
     console = Console()
     sweeps = read_sweeps(args.sweeps_file, args.sweeps, args.seeds)
+    for sweep in sweeps:
+        check_output(args.work_dir / sweep.name / 'summary.md')
     runs = [run for sweep in sweeps for run in sweep.runs]
     options = ['--trust-checkpoint'] if args.trust_checkpoint else []
     failures = train_all(runs, args.work_dir, args.jobs, console, options)

@@ -29,13 +29,25 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from mmengine.config import Config
-from PIL import Image
+from PIL import Image, ImageOps
 
 import mmubn  # noqa: F401 - registers UBN for configs that do not import it
-from mmubn.analysis.condensation import FILE, Log, draw_layers, draw_means, heat_map, heat_map_height, read_log
-from mmubn.analysis.plots import draw_mean, line_style, plt
-from mmubn.analysis.predictions import draw_predictions, last_checkpoint
+from mmubn.analysis.condensation import (
+    FILE,
+    Log,
+    draw_layers,
+    draw_means,
+    heat_map,
+    heat_map_height,
+    heat_map_width,
+    read_log,
+)
+from mmubn.analysis.curves import Panel, draw_panel, learning_rate_panels, loss_panels, metric_panels
+from mmubn.analysis.metrics import PERCENT, unit_of
+from mmubn.analysis.plots import check_output, plt, write
+from mmubn.analysis.predictions import draw_predictions, last_checkpoint, name_halves
 from mmubn.analysis.runs import (
+    check_run,
     group_runs,
     metric_names,
     read_layer_log,
@@ -43,6 +55,7 @@ from mmubn.analysis.runs import (
     series,
     training_records,
     validation_records,
+    validation_unit,
 )
 from mmubn.checkpoints import CheckpointError
 from mmubn.cli import UsageError, add_debug_argument, add_trust_argument, run_tool
@@ -94,12 +107,22 @@ def drawn(figure: Figure, alt: str, caption: str) -> Picture:
     return Picture(_uri('svg+xml', file), alt, caption)
 
 
-def photo(path: Path) -> Picture:
-    """Read an image file, no larger than a page needs it."""
+def photo(path: Path, halves: bool = False) -> Picture:
+    """Read an image file, no larger than a page needs it.
+
+    Args:
+        path: The file.
+        halves: Whether it has the annotations left and the predictions right, and does not say so.
+    """
     file = io.BytesIO()
     with Image.open(path) as image:
         image.thumbnail((1000, 1000))
-        image.convert('RGB').save(file, 'JPEG', quality=90)
+        image = image.convert('RGB')
+        if halves:
+            if image.width < 500:  # too small for words
+                image = ImageOps.scale(image, 1000 // image.width, Image.Resampling.NEAREST)
+            image = Image.fromarray(name_halves(np.asarray(image)))
+        image.save(file, 'JPEG', quality=90)
     return Picture(_uri('jpeg', file), f'Predictions for the image {path.stem}', path.stem)
 
 
@@ -134,7 +157,7 @@ class Run:
     @property
     def unit(self) -> str:
         """Return what the steps of validations count."""
-        return 'epoch' if any('epoch' in record for record in training_records(self.records)) else 'iteration'
+        return validation_unit(self.records)
 
 
 def find_runs(work_dir: Path) -> list[Path]:
@@ -143,6 +166,7 @@ def find_runs(work_dir: Path) -> list[Path]:
     Raises:
         UsageError: There is none with a log.
     """
+    check_run(work_dir)
     runs = {log.parent.parent.parent for log in work_dir.glob('**/vis_data/scalars.json')}
     starts = [path for path in work_dir.glob('**/*') if START.fullmatch(path.name) and path.is_dir()]
     tested = {start.parent for start in starts if (start / f'{start.name}.json').exists()}
@@ -208,18 +232,26 @@ def noted(notes: list[str]) -> Iterator[None]:
 
 
 def summary(runs: list[Run]) -> Section:
-    table = [['run', 'metric', 'last', 'highest', 'iterations', 'epochs', 'time (h:mm:ss)']]
+    table = [['metric', 'last', 'highest']]
+    lines = [
+        'Metrics are those on the validation data, as they were logged: APs from 0 to 1, accuracies in %. An AP of -1, '
+        'by which COCO says that there are no objects of a size, is left out. Time is that from the first to the last '
+        'line of the logs, validation included.'
+    ]
+    if len(runs) > 1:
+        table[0] = ['run', *table[0], 'iterations', 'epochs', 'time (h:mm:ss)']
     for run in runs:
         last = next(reversed(training_records(run.records)), {})
-        done = last.get('iter', 0), last.get('epoch', ''), wall_time(run)
-        for i, tag in enumerate((run.metrics if len(runs) == 1 else run.main_metrics) or ['']):
-            table.append([run.name, tag, *last_and_highest(run, tag), *(('', '', '') if i else done)])
-    lines = [
-        'Time is that from the first to the last line of the logs, validation included. Metrics are those on the '
-        'validation data, as they were logged: fractions of 1 by MMDetection (-1: no objects of this size), percent by '
-        'MMPretrain.'
-    ]
-    return Section('Summary', lines, table)
+        iterations, epochs, time = last.get('iter', 0), last.get('epoch', ''), wall_time(run)
+        if len(runs) == 1:
+            done = f'{iterations} iterations, {epochs} epochs' if epochs else f'{iterations} iterations'
+            lines.insert(0, f'Trained for {done} in {time} (h:mm:ss).')
+            table += [[tag, *last_and_highest(run, tag)] for tag in run.metrics]
+            continue
+        for i, tag in enumerate(run.main_metrics or ['']):
+            about = ('', '', '') if i else (iterations, epochs, time)
+            table.append(['' if i else run.name, tag, *last_and_highest(run, tag), *about])
+    return Section('Summary', lines, table if len(table) > 1 else [])
 
 
 def wall_time(run: Run) -> datetime.timedelta:
@@ -234,35 +266,37 @@ def wall_time(run: Run) -> datetime.timedelta:
 
 def last_and_highest(run: Run, tag: str) -> list[str]:
     steps, values = series(validation_records(run.records), tag)
-    return [f'{values[i]:.4g} ({run.unit} {steps[i]})' for i in (-1, int(np.argmax(values)))] if steps else ['', '']
+    unit = '%' if unit_of(tag) == PERCENT else ''
+    best = int(np.nanargmax(values)) if np.isfinite(values).any() else -1
+    return [f'{values[i]:.4g}{unit} ({run.unit} {steps[i]})' for i in (-1, best)] if steps else ['', '']
 
 
 def curves(runs: list[Run]) -> Section:
     """Plot loss, learning rate and the main metrics; runs that differ in their seed alone are averaged."""
-    by_path = {run.path: run for run in runs}
-    groups = {label: [by_path[path] for path in paths] for label, paths in group_runs(by_path).items()}
+    by_path = {run.path: run.records for run in runs}
+    groups = {label: {path: by_path[path] for path in paths} for label, paths in group_runs(by_path).items()}
     metrics = dict.fromkeys(tag for run in runs for tag in run.main_metrics)
-    metric_unit = 'epoch' if any(run.unit == 'epoch' for run in runs) else 'iteration'
     section = Section('Curves', size='small')
-    for tag, name in {'loss': 'training loss', 'lr': 'learning rate', **{tag: tag for tag in metrics}}.items():
-        records_of, unit = (validation_records, metric_unit) if tag in metrics else (training_records, 'iteration')
-        figure, axis = plt.subplots(figsize=(4.6, 3.2))
-        remarks = ''
-        for i, (label, group) in enumerate(groups.items()):
-            remarks += draw_mean(axis, [series(records_of(run.records), tag) for run in group], label, line_style(i))
-        axis.set(xlabel=unit, ylabel=name)
-        if tag == 'loss':
-            # A band that reaches 0 would leave nothing of a logarithmic axis for the lines.
-            lowest = min((y for line in axis.lines for y in line.get_ydata() if y > 0), default=1)
-            axis.set(yscale='log', ylim=(0.9 * lowest, None))
-        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        if len(groups) > 1:
-            figure.legend(loc='outside lower center', ncols=2, fontsize=7)
-        caption = f'{name} by {unit}.{remarks}'
-        section.pictures.append(drawn(figure, f'{name} by {unit} of {", ".join(groups)}', caption))
+    losses = loss_panels(groups)
+    section.pictures = [_curve(panel, len(groups), logarithmic=True) for panel in losses]
+    panels = [*learning_rate_panels(groups), *(panel for tag in metrics for panel in metric_panels(groups, tag))]
+    section.pictures += [_curve(panel, len(groups)) for panel in panels]
+    if len(losses) > 1:
+        section.lines = ['Training losses on other axes have other parts and cannot be compared.']
     if len(groups) < len(runs):
-        section.lines = ['Lines of several seeds are their mean, bands one standard deviation (n - 1) to each side.']
+        section.lines += ['Lines of several seeds are their mean, bands one standard deviation (n - 1) to each side.']
     return section
+
+
+def _curve(panel: Panel, groups: int, logarithmic: bool = False) -> Picture:
+    figure, axis = plt.subplots(figsize=(4.6, 3.2))
+    remarks = draw_panel(axis, panel, logarithmic, legend=False)
+    if groups > 1:
+        # A row for each run: names may be long.
+        figure.legend(loc='outside lower center', ncols=1, fontsize=8)
+        figure.set_figheight(3.2 + 0.18 * len(axis.lines))
+    what = f'{panel.ylabel} by {panel.xlabel}'
+    return drawn(figure, f'{what} of {", ".join(panel.curves)}', f'{what}.{remarks}')
 
 
 def condensation(runs: list[Run]) -> Section:
@@ -270,12 +304,13 @@ def condensation(runs: list[Run]) -> Section:
     logs = {run.path: run.condensation for run in runs if run.condensation}
     section = Section('Feature condensation')
     if logs:
-        figure, caption = draw_means(logs, {}, metric=None)
+        figure, caption = draw_means(logs, {}, metrics=[])
         section.pictures = [drawn(figure, 'Mean similarity and share of condensed layers against iterations', caption)]
     if missing := [run.name for run in runs if not run.condensation]:
+        where = f' in {", ".join(missing)}' if len(runs) > 1 else ''
         section.lines = [
-            f'No measurement in {", ".join(missing)}. FeatureCondensationHook measures in training how similar the '
-            "samples are at every norm layer: custom_hooks=[dict(type='FeatureCondensationHook')] in the config."
+            f'No measurement{where}. FeatureCondensationHook measures in training how similar the samples are at every '
+            "norm layer: custom_hooks=[dict(type='FeatureCondensationHook')] in the config."
         ]
     return section
 
@@ -298,7 +333,7 @@ def covariate_shift(run: Run) -> Section:
         ]
         return section
     first = next(iter(run.shift.values()))
-    size = (1.5 + 5 * len(run.shift), heat_map_height(first) + 0.7)
+    size = (heat_map_width(len(run.shift), first), heat_map_height(first) + 0.7)
     figure, (axes,) = plt.subplots(1, len(run.shift), figsize=size, sharey=True, squeeze=False)
     values = np.concatenate([each.values.ravel() for each in run.shift.values()])
     positive = values[values > 0]
@@ -321,7 +356,7 @@ def examples(run: Run, alone: bool) -> Section:
     section = Section('Example predictions', size='small')
     if paths := left_images(run.path):
         section.lines = [f'The first images of {paths[0].parent}.']
-        section.pictures = photos(paths)
+        section.pictures = photos(paths, halves=has_halves(paths[0], run.path))
     elif alone:
         try:
             section.lines, section.pictures = predicted(run)
@@ -350,11 +385,18 @@ def left_images(run: Path) -> list[Path]:
     return images[max(images)][:NUM_EXAMPLES] if images else []
 
 
-def photos(paths: list[Path]) -> list[Picture]:
+def has_halves(image: Path, run: Path) -> bool:
+    """Tell whether MMDetection's hook drew an image: annotated left, predicted right, as the config beside it says."""
+    folders = [folder for folder in image.parents if folder.is_relative_to(run)]
+    configs = [folder / 'vis_data' / 'config.py' for folder in folders]
+    return any('DetVisualizationHook' in path.read_text(errors='replace') for path in configs if path.is_file())
+
+
+def photos(paths: list[Path], halves: bool = False) -> list[Picture]:
     pictures = []
     for path in paths:
         try:
-            pictures.append(photo(path))
+            pictures.append(photo(path, halves))
         except OSError as error:
             print(f'{path}: cannot be shown: {error}')
     return pictures
@@ -367,7 +409,8 @@ def predicted(run: Run) -> tuple[list[str], list[Picture]]:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         draw_predictions(cfg, checkpoint, Path(folder), NUM_EXAMPLES)
         pictures = photos(sorted(Path(folder).iterdir()))
-    return [f'{checkpoint.name} on the first validation images. Detections: annotated left, predicted right.'], pictures
+    name = checkpoint.name if checkpoint.parent == run.path else checkpoint
+    return [f'{name} on the first validation images.'], pictures
 
 
 def config_and_environment(run: Run) -> list[Section]:
@@ -392,6 +435,9 @@ def render(title: str, sections: list[Section], runs: list[tuple[str, list[Secti
 
 
 def main(args: argparse.Namespace) -> None:
+    out = args.out or args.work_dir / 'report.html'
+    check_run(args.work_dir)
+    check_output(out, ('.html', '.htm'))
     notes: list[str] = []
     with noted(notes):
         runs = [read_run(path, args.work_dir) for path in find_runs(args.work_dir)]
@@ -402,10 +448,7 @@ def main(args: argparse.Namespace) -> None:
     if notes:
         sections.insert(0, Section('What could not be read', notes))
     title = str(args.work_dir) if args.work_dir.name else args.work_dir.resolve().name
-    out = args.out or args.work_dir / 'report.html'
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(render(title, sections, parts), encoding='utf-8')
-    print(f'wrote {out}')
+    write({out: render(title, sections, parts).encode()})
 
 
 if __name__ == '__main__':

@@ -18,13 +18,24 @@ import numpy as np
 from rich.console import Console
 from rich.markdown import Markdown
 
-from mmubn.analysis.runs import metric_names, over_seeds, read_runs, series, training_seconds, validation_records
+from mmubn.analysis.metrics import shown
+from mmubn.analysis.plots import check_output, write
+from mmubn.analysis.runs import (
+    matching_tags,
+    metric_names,
+    over_seeds,
+    read_runs,
+    series,
+    training_seconds,
+    validation_records,
+    validation_unit,
+)
 from mmubn.cli import UsageError, add_debug_argument, run_tool
 
 NOTE = """\
-The epoch is the first after which the mean over the seeds is as high; in brackets, the last one. Time is the mean over
-the seeds of training with its loading of data, without start-up, validation and checkpoints; MMEngine logs the mean
-time of the last iterations of each interval, and the others are taken to be as fast.
+The epoch, or iteration, is the first after which the mean over the seeds is as high; in brackets, the last one. Time
+is the mean over the seeds of training with its loading of data, without start-up, validation and checkpoints; MMEngine
+logs the mean time of the last iterations of each interval, and the others are taken to be as fast.
 """
 
 
@@ -49,7 +60,8 @@ class Group:
 
     Attributes:
         seeds: Epochs and values of each seed.
-        epochs: The T epochs that all seeds have validated, (T,).
+        epochs: The T epochs that all seeds have validated, (T,); iterations, in runs without epochs.
+        unit: What they are: epoch or iteration.
         mean: Mean of the metric over the seeds, (T,).
         seconds: Mean over the seeds of the seconds of training until then, (T,).
     """
@@ -57,28 +69,38 @@ class Group:
     label: str
     seeds: list[tuple[list[int], list[float]]]
     epochs: np.ndarray
+    unit: str
     mean: np.ndarray
     seconds: np.ndarray
 
 
-def read_groups(runs: list[Path], metric: str) -> tuple[list[Group], list[str]]:
-    """Read the groups that have the metric; a sentence names each run or group that is left out."""
-    groups, problems = [], []
-    members_of, missing = read_runs(runs)
-    for label, members in members_of.items():
+def read_groups(runs: list[Path], metric: str) -> tuple[list[Group], set[str]]:
+    """Read the metric of runs, in groups; and which tags its name means in them.
+
+    Raises:
+        UsageError: A run cannot be read, or a group has not the metric or has several of its name.
+    """
+    groups, tags_found, problems = [], set(), []
+    for label, members in read_runs(runs).items():
+        tags = {tag for records in members.values() for tag in matching_tags(records, metric)}
+        if len(tags) > 1:
+            problems.append(f'{label} has several metrics {metric}: {", ".join(sorted(tags))}; give one of these.')
+            continue
         seeds = [series(validation_records(records), metric) for records in members.values()]
         epochs, values = over_seeds(seeds)
         mean = values.mean(0)
         if np.isnan(mean).all():
             logged = dict.fromkeys(tag for records in members.values() for tag in metric_names(records))
             there = f'logged are: {", ".join(logged)}' if logged else 'no metric is logged yet'
-            problems.append(f'{label} has no epoch with {metric} in all its logs; {there}.')
+            problems.append(f'{label} has no validation with {metric} in all its logs; {there}.')
             continue
         seconds = np.mean([training_seconds(run, records, epochs) for run, records in members.items()], axis=0)
-        groups.append(Group(label, seeds, epochs, mean, seconds))
-    if not groups:
-        raise UsageError(' '.join(missing + problems))
-    return groups, missing + problems
+        unit = validation_unit(next(iter(members.values())))
+        groups.append(Group(label, seeds, epochs, unit, mean, seconds))
+        tags_found |= tags
+    if problems:
+        raise UsageError(' '.join(problems))
+    return groups, tags_found
 
 
 def first_reached(values: list[float] | np.ndarray, target: float) -> int | None:
@@ -91,31 +113,31 @@ def number(value: float, digits: int) -> str:
     return 'unknown' if np.isnan(value) else f'{value:.{digits}f}'
 
 
-def compare(reference: Group, runs: list[Group], metric: str) -> str:
+def compare(reference: Group, runs: list[Group], tag: str) -> str:
     """Write when the runs reach the best of the reference, in Markdown."""
     best = int(np.nanargmax(reference.mean))
     target, until_best, in_all = reference.mean[best], reference.seconds[best], reference.seconds[-1]
-    percent = target > 1  # MMPretrain's accuracy; MMDetection's AP is not
-
-    def shown(value: float) -> str:
-        return f'{value:.2f}%' if percent else f'{value:.3f}'
-
-    name = reference.label
+    name, unit = reference.label, reference.unit
     lines = [
-        f'## The best of {name}: {metric} {shown(target)}',
+        f'## The best of {name}: {tag.split("/")[-1]} {shown(tag, target)}',
         '',
-        f'Reached after epoch {reference.epochs[best]} of {reference.epochs[-1]} and {number(until_best, 1)} s of '
+        f'Reached after {unit} {reference.epochs[best]} of {reference.epochs[-1]} and {number(until_best, 1)} s of '
         f'{number(in_all, 1)} s of training. Seeds: {len(reference.seeds)}.',
         '',
-        f"| run | epoch | time (s) | time / {name}'s until its best | time / {name}'s in all "
-        '| seeds that reach it: their epochs, mean (range) |',
+        f"| run | {unit} | time (s) | time / {name}'s until its best | time / {name}'s in all "
+        f'| seeds that reach it: their {unit}s, mean (range) |',
         '|---|---|---|---|---|---|',
     ]
     for run in runs:
         i = first_reached(run.mean, target)
         if i is None:
             highest = int(np.nanargmax(run.mean))
-            cells = [f'never; {shown(run.mean[highest])} after {run.epochs[highest]} ({run.epochs[-1]})', '', '', '']
+            cells = [
+                f'never; {shown(tag, run.mean[highest])} after {run.epochs[highest]} ({run.epochs[-1]})',
+                '',
+                '',
+                '',
+            ]
         else:
             seconds = run.seconds[i]
             cells = [f'{run.epochs[i]} ({run.epochs[-1]})', number(seconds, 1)]
@@ -130,23 +152,28 @@ def compare(reference: Group, runs: list[Group], metric: str) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    references, problems = read_groups(args.reference, args.metric)
-    runs, more = read_groups(args.runs, args.metric)
-    parts = [compare(reference, runs, args.metric) for reference in references]
+    if args.out is not None:
+        check_output(args.out)
+    references, tags = read_groups(args.reference, args.metric)
+    runs, others = read_groups(args.runs, args.metric)
+    if len(tags | others) > 1:
+        names = ', '.join(sorted(tags | others))
+        raise UsageError(f'{args.metric} is not one and the same metric in these runs: {names}.')
+    if len({group.unit for group in references + runs}) > 1:
+        names = ', '.join(f'{group.label} {group.unit}s' for group in references + runs)
+        raise UsageError(f'runs that count epochs and iterations cannot be compared: {names}.')
+    (tag,) = tags
+    parts = [compare(reference, runs, tag) for reference in references]
     for group in references + runs:
         validated = len(set().union(*(epochs for epochs, _ in group.seeds)))
         if len(group.epochs) < validated:
             parts.append(
-                f'{group.label}: {len(group.epochs)} of {validated} validated epochs, those that all seeds have.'
+                f'{group.label}: {len(group.epochs)} of {validated} validated {group.unit}s, those that all seeds have.'
             )
     text = '\n\n'.join([*dict.fromkeys(parts), NOTE])
     Console().print(Markdown(text))
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text)
-        print(f'wrote {args.out}')
-    if problems + more:
-        raise UsageError(' '.join(problems + more))
+        write({args.out: text.encode()})
 
 
 if __name__ == '__main__':

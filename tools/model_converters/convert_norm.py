@@ -17,12 +17,15 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import io
 from pathlib import Path
 
 import torch
 
 from mmubn.checkpoints import LAYOUTS, CheckpointError, convert_state_dict, is_state_dict
 from mmubn.cli import UsageError, add_debug_argument, add_trust_argument, check_file, run_tool
+from mmubn.openmmlab.checkpoint_fit import some
+from mmubn.openmmlab.hooks.checkpoint import AtomicLocalBackend
 
 # Where MMEngine and torchvision keep state dicts in a checkpoint, those of averaged models included.
 STATE_DICT_KEYS = ('state_dict', 'ema_state_dict', 'model', 'model_ema')
@@ -52,7 +55,9 @@ def read(path: Path) -> dict:
     check_file(str(path), 'the checkpoint', 'give the path of a file', folder=False)
     checkpoint = torch.load(path, map_location='cpu')
     if not isinstance(checkpoint, dict):
-        raise UsageError(f'{path} holds a {type(checkpoint).__name__}, not a checkpoint.')
+        raise UsageError(
+            f'{path} holds a {type(checkpoint).__name__}, not a checkpoint; give a state dict or a checkpoint.'
+        )
     return checkpoint
 
 
@@ -62,7 +67,11 @@ def convert(checkpoint: dict, to: str, calibrate_bias: bool) -> dict:
     if not parts and is_state_dict(checkpoint):
         return convert({'state_dict': checkpoint}, to, calibrate_bias)['state_dict']
     if not parts:
-        raise UsageError(f'nothing was written: the file has no state dict, itself or as {", ".join(STATE_DICT_KEYS)}.')
+        found = some([str(key) for key in checkpoint], 5) or 'nothing'
+        raise UsageError(
+            f'nothing was written: the file has no state dict, itself or as {", ".join(STATE_DICT_KEYS)}; it holds '
+            f'{found}.'
+        )
     converted = {}
     for key, state_dict in parts.items():
         try:
@@ -76,11 +85,31 @@ def convert(checkpoint: dict, to: str, calibrate_bias: bool) -> dict:
     return {**checkpoint, **converted}
 
 
+def check_destination(src: Path, dst: Path) -> None:
+    if dst.is_dir():
+        raise UsageError(f'{dst} is a folder; give the path of the file to write.')
+    if not dst.absolute().parent.is_dir():
+        raise UsageError(f'the folder of {dst} does not exist; make it first.')
+    if dst.exists() and src.exists() and dst.samefile(src):
+        raise UsageError(f'{dst} is the file to read, too; write to another one.')
+
+
+def write(checkpoint: dict, path: Path) -> None:
+    """Write the file whole, or leave what was there."""
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
+    try:
+        AtomicLocalBackend().put(content.getvalue(), path)
+    except OSError as error:
+        raise UsageError(
+            f'{path} could not be written: {error.strerror or error}; make room there, or give another path.'
+        ) from error
+
+
 def main(args: argparse.Namespace) -> None:
-    if not args.dst.absolute().parent.is_dir():
-        raise UsageError(f'the folder of {args.dst} does not exist; make it first.')
+    check_destination(args.src, args.dst)
     checkpoint = read(args.src)
-    torch.save(convert(checkpoint, args.to, args.calibrate_bias), args.dst)
+    write(convert(checkpoint, args.to, args.calibrate_bias), args.dst)
     print(f'wrote {args.dst}')
     if 'optimizer' in checkpoint:
         print("The optimizer's state is that of the old layers: load the file, but do not resume from it.")

@@ -5,9 +5,11 @@ Written for onedl-mmengine 0.10.12; mmengine 0.10.7 has the same methods. Each p
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from mmubn.checkpoints import CheckpointError
 from mmubn.openmmlab import patches
 
 __all__ = ['AtomicCheckpointHook', 'AtomicLocalBackend', 'register_atomic_backend', 'write_atomically']
@@ -101,10 +104,45 @@ class AtomicCheckpointHook(CheckpointHook):
     def before_train(self, runner: Runner) -> None:
         patches.apply(patches.ON_ATOMIC_CHECKPOINTS)
         super().before_train(runner)
+        self._own_best(runner)
         if is_main_process():
             for folder in {str(self.out_dir), runner.work_dir}:
                 for left_over in Path(folder).glob(f'.*{PARTIAL}'):
                     left_over.unlink(missing_ok=True)
+
+    def _own_best(self, runner: Runner) -> None:
+        """Take the best checkpoint of before from this run's folder alone, for one that is better outdates it.
+
+        A checkpoint names it by its absolute path, which in a copied run is a file of the original.
+        """
+
+        def own(path: str | None) -> str | None:
+            here = self.file_backend.join_path(self.out_dir, Path(path).name) if path else None
+            return here if here and self.file_backend.exists(here) else None
+
+        if getattr(self, 'best_ckpt_path', None) is not None:
+            self.best_ckpt_path = own(self.best_ckpt_path)
+            runner.message_hub.update_info('best_ckpt', self.best_ckpt_path)
+        for key, path in getattr(self, 'best_ckpt_path_dict', {}).items():
+            self.best_ckpt_path_dict[key] = own(path)
+            runner.message_hub.update_info(f'best_ckpt_{key}', own(path))
+
+    def _save_checkpoint(self, runner: Runner) -> None:
+        with self._said_where(runner):
+            super()._save_checkpoint(runner)
+
+    @contextlib.contextmanager
+    def _said_where(self, runner: Runner) -> Iterator[None]:
+        """Turn an error of the file system, in the first process, into one of a sentence."""
+        try:
+            yield
+        except OSError as error:
+            named = Path(runner.work_dir, 'last_checkpoint')
+            last = f'the last whole one is {named.read_text()}' if named.is_file() else 'there is none yet'
+            raise CheckpointError(
+                f'the checkpoint could not be saved in {self.out_dir}: {error.strerror or error}; {last}: make room or '
+                'set --work-dir to another folder, then go on with --resume.'
+            ) from error
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         keep = list(self.keep_ckpt_ids) if self.max_keep_ckpts > 0 else []
@@ -142,7 +180,8 @@ class AtomicCheckpointHook(CheckpointHook):
         backend = self.file_backend
         self.file_backend = later = _RemovesLater(backend)
         try:
-            super()._save_best_checkpoint(runner, metrics)
+            with self._said_where(runner):
+                super()._save_best_checkpoint(runner, metrics)
         finally:
             self.file_backend = backend
         in_use = {self.last_ckpt, getattr(self, 'best_ckpt_path', None)}

@@ -1,0 +1,161 @@
+"""mmubn.cli.messages: what is said of another library's error, in one line."""
+
+import errno
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS, HOOKS, MODELS, OPTIMIZERS
+from mmengine.runner import Runner
+from torch import nn
+from torch._utils import ExceptionWrapper
+
+from mmubn.cli.messages import LENGTH, first_cause, one_line_of
+
+
+def message_of(function, *arguments):
+    with pytest.raises(Exception) as error:  # noqa: PT011 - of all kinds
+        function(*arguments)
+    text = one_line_of(error.value)
+    assert '\n' not in text
+    return text
+
+
+@MODELS.register_module()
+class PartOfAModel(nn.Module):
+    def __init__(self, depth=3, part=None):
+        super().__init__()
+        if part is not None:
+            MODELS.build(dict(part, depth=part.get('depth', 4)))  # as detectors do
+        if depth > 9:
+            raise KeyError(f'invalid depth {depth}')
+
+
+@DATASETS.register_module()
+class TwoSamples(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        raise FileNotFoundError(errno.ENOENT, 'No such file or directory', 'data/gone.jpg')
+
+
+class TestConfigs:
+    """The key of the dict that MMEngine was building something from."""
+
+    @pytest.mark.parametrize(
+        ('part', 'expected'),
+        [
+            (
+                dict(type='PartOfAModel', dept=3),
+                'model.part.dept: PartOfAModel has no such argument; did you mean depth?',
+            ),
+            (dict(type='PartOfAModel', nothing=3), 'model.part.nothing: PartOfAModel has no such argument.'),
+            (
+                dict(type='PartOfAModell'),
+                "model.part.type='PartOfAModell' is not registered; did you mean PartOfAModel?",
+            ),
+            (dict(depth=3), 'model.part has no type: give it one'),
+            (dict(type='PartOfAModel', depth=10), 'model.part (PartOfAModel): KeyError: invalid depth 10 ('),
+        ],
+        ids=['a slip', 'unknown', 'type', 'no type', 'value'],
+    )
+    def test_of_a_part(self, part, expected):
+        cfg = Config(dict(model=dict(type='PartOfAModel', part=part)))
+
+        def main(cfg):
+            MODELS.build(cfg.model)
+
+        assert message_of(main, cfg).startswith(expected)
+
+    def test_a_string(self):
+        def main(cfg):
+            for hook in cfg.default_hooks.values():
+                HOOKS.build(hook)
+
+        cfg = Config(dict(default_hooks=dict(logger='LoggerHook')))
+        assert message_of(main, cfg) == "default_hooks.logger must be a dict with a type, got 'LoggerHook'."
+
+    def test_an_optimizer(self):
+        def main(cfg):
+            OPTIMIZERS.build(dict(cfg.optim_wrapper.optimizer, params=[torch.zeros(1)]))
+
+        cfg = Config(dict(optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1, momentun=0.9))))
+        expected = 'optim_wrapper.optimizer.momentun: SGD has no such argument; did you mean momentum?'
+        assert message_of(main, cfg) == expected
+
+    def test_a_data_loader(self):
+        sampler = dict(type='DefaultSampler', shuffle=False)
+        loader = dict(dataset=dict(type='TwoSamples'), sampler=sampler, batchsize=2)
+        cfg = Config(dict(train_dataloader=loader))
+        expected = 'train_dataloader.batchsize: DataLoader has no such argument; did you mean batch_size?'
+        assert message_of(lambda cfg: Runner.build_dataloader(cfg.train_dataloader), cfg) == expected
+
+    def test_the_words_of_stock_mmengine(self):
+        """It raises the error anew for each class that it was building (0.10.7)."""
+
+        def build_from_cfg(cfg):
+            try:
+                if 'part' in cfg:
+                    build_from_cfg(cfg['part'])
+                raise ValueError('the depth is wrong')
+            except ValueError as error:
+                raise type(error)(f'class `{cfg["type"]}` in mmdet/a.py: {error}')  # noqa: B904 - as it does
+
+        def main(cfg):
+            build_from_cfg(cfg.model)
+
+        cfg = Config(dict(model=dict(type='A', part=dict(type='B'))))
+        assert message_of(main, cfg) == 'model.part (B): the depth is wrong'
+
+
+class TestOthers:
+    def test_of_a_worker_process(self):
+        try:
+            TwoSamples()[0]
+        except FileNotFoundError:
+            error = ExceptionWrapper(where='in DataLoader worker process 0')  # as the worker hands it over
+        assert message_of(error.reraise) == "FileNotFoundError: [Errno 2] No such file or directory: 'data/gone.jpg'"
+
+    def test_of_the_system(self):
+        assert message_of(open, 'gone.txt') == 'No such file or directory: gone.txt'
+
+    def test_a_full_disk(self):
+        """The system does not say which file it was."""
+
+        def write(file_path):
+            raise OSError(errno.ENOSPC, 'No space left on device')
+
+        expected = 'No space left on device: work/log.json; the disk is full: free some space, or write elsewhere'
+        assert message_of(write, 'work/log.json') == expected
+
+    def test_without_words(self):
+        def check(x):
+            assert x == 2
+
+        assert message_of(check, 1).endswith(
+            f'test_messages.py, line {check.__code__.co_firstlineno + 1}: assert x == 2)'
+        )
+
+    def test_a_cause(self):
+        def fail():
+            raise RuntimeError('no data') from OSError('the disk is gone')
+
+        assert message_of(fail) == 'RuntimeError: no data (OSError: the disk is gone)'
+
+    def test_another_process_that_has_ended(self):
+        def fail():
+            raise RuntimeError('[gloo/pair.cc:547] Connection closed by peer [127.0.0.1]:4')
+
+        assert 'another process of this run has ended' in message_of(fail)
+
+    def test_is_short(self):
+        def fail():
+            raise RuntimeError('word ' * 1000)
+
+        assert len(message_of(fail)) < LENGTH + 10
+
+    def test_the_first_cause(self):
+        error = ImportError('in one line:\nno module')
+        error.__cause__ = ModuleNotFoundError('my_norms')
+        assert first_cause(error) == 'in one line: no module (my_norms)'
