@@ -9,7 +9,8 @@ from mmubn.openmmlab.versions import check_environment
 
 _HAS_MMENGINE = check_environment()
 
-from mmubn.deploy import FoldedUBN, fold  # noqa: E402 - only after torch is known to be there
+from mmubn.convert import convert_norms  # noqa: E402 - only after torch is known to be there
+from mmubn.deploy import FoldedUBN, fold  # noqa: E402
 from mmubn.layers import BNET, IEBN, RBN, UBN, SyncUBN, UnitizedBN, convert_state_dict  # noqa: E402
 from mmubn.openmmlab import patches  # noqa: E402
 from mmubn.ops import backend_info, use_backend  # noqa: E402
@@ -25,6 +26,7 @@ __all__ = [
     'UnitizedBN',
     '__version__',
     'backend_info',
+    'convert_norms',
     'convert_state_dict',
     'fold',
     'use_backend',

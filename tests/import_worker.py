@@ -45,6 +45,14 @@ def build(wrapper):
     pkgutil.resolve_name(wrapper)(torch.optim.SGD([torch.zeros(1)], lr=0.1))
 
 
+def convert():
+    import torch
+
+    import mmubn
+
+    mmubn.convert_norms(torch.nn.BatchNorm2d(2))
+
+
 def train_atomically():
     from mmubn.openmmlab import patches
 
@@ -69,6 +77,7 @@ def importing(*names):
 
 STEPS = {  # in the words of the table
     'import mmubn': importing('mmubn'),
+    'mmubn.convert_norms()': convert,
     'mmubn.openmmlab.install()': install,
     'import mmubn.openmmlab.installed': importing('mmubn.openmmlab.installed'),
     'import mmubn.openmmlab.pretrained': importing('mmubn.openmmlab.pretrained'),
@@ -210,7 +219,7 @@ def slots_of(symbol):
     """Of a symbol of the table."""
     if symbol == 'torch.serialization.get_safe_globals()':
         return {(STATE, 'safe_globals')}
-    if symbol.startswith('torch.nn.modules.module._global_'):  # keys are numbers
+    if symbol.startswith(('torch.nn.modules.module._global_', 'torch.optim.optimizer._global_')):  # keys are numbers
         table = pkgutil.resolve_name(symbol)
         return {(id(table), key) for key, hook in table.items() if hook.__module__.startswith('mmubn.')}
     if '.*.' in symbol:  # in any module of a library that has it
@@ -275,6 +284,7 @@ def main():
         assert not any(name.partition('.')[0] == 'mmubn' for name in sys.modules)
         Snapshot()  # some libraries answer a look at what they have by an import
         build('mmengine.optim.OptimWrapper')  # torch and MMEngine change themselves when the first is built
+        logging.getLogger('mmubn')  # a name alone, to which convert_norms writes
         before = Snapshot()
         for name, step in STEPS.items():
             step()

@@ -14,13 +14,14 @@ ROOMS = (
     'checkpoints',
     'ops',
     'layers',
+    'convert',
     'deploy',
     'openmmlab',
     'cli',
     'analysis',
     '__main__',
 )
-TORCH_ALONE = ('functional', 'checkpoints', 'ops', 'layers', 'deploy')
+TORCH_ALONE = ('functional', 'checkpoints', 'ops', 'layers', 'convert', 'deploy')
 LIBRARIES = {'torch', 'triton'}
 # Names that configs of earlier drafts import.
 OLD_NAMES = {'faults', 'models', 'pretrained'}

@@ -14,8 +14,8 @@ HEAD = """# What mmubn changes in other libraries
 
 <!-- written by: python -m mmubn.openmmlab > docs/patches.md -->
 
-`import mmubn` checks versions, registers its norms and two hooks, and changes another library only where a model with
-one of these norms would otherwise be wrong without a word:
+`import mmubn` checks versions, registers its norms, ConvertNorms and two hooks, and changes another library only where
+a model with one of these norms would otherwise be wrong without a word:
 {on_import}.
 Every other change below needs a step of its own.
 

@@ -85,7 +85,7 @@ def check_norms_used(cfg: Config, model: nn.Module) -> None:
     """Check that each part of ``model`` whose ``norm_cfg`` asks for a norm of this package has no other BatchNorm.
 
     Parts are found by name: ``cfg.model.backbone.norm_cfg`` is that of ``model.backbone``. Where the model has no part
-    of that name, nothing is checked.
+    of that name, nothing is checked. ConvertNorms has replaced the norms that it was to replace, and leaves others.
 
     Raises:
         ConfigError: Names the part, and a layer that is a BatchNorm all the same.
@@ -99,11 +99,11 @@ def check_norms_used(cfg: Config, model: nn.Module) -> None:
         if not asked.is_ours:
             continue
         request = f'model.{asked.place} asks for {asked.name}, but {type(part).__name__}'
-        remedy = 'use a network that builds all its norms from norm_cfg, or leave norm_cfg out.'
+        remedy = 'use a network that builds all its norms from norm_cfg, ConvertNorms, or leave norm_cfg out.'
         for layer, module in part.named_modules():
-            if isinstance(module, _BatchNorm) and not isinstance(module, UnifiedNorm):
+            if isinstance(module, _BatchNorm) and not isinstance(module, UnifiedNorm) and not asked.converts:
                 raise ConfigError(f'{request} makes its layer {layer} a {type(module).__name__}: {remedy}')
-        if not any(isinstance(module, asked.norm) for module in part.modules()):
+        if not asked.is_converted and not any(isinstance(module, asked.norm) for module in part.modules()):
             raise ConfigError(f'{request} has no such layer: {remedy}')
 
 

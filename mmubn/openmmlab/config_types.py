@@ -19,7 +19,19 @@ from mmengine.registry import MODELS, WEIGHT_INITIALIZERS, Registry
 from mmubn.layers import UnifiedNorm
 from mmubn.openmmlab.errors import ConfigError
 
-__all__ = ['AskedNorm', 'asked_norms', 'find_dicts', 'find_type', 'is_pretrained', 'name_types', 'norm_cfgs']
+__all__ = [
+    'CONVERT_NORMS',
+    'AskedNorm',
+    'asked_norms',
+    'find_dicts',
+    'find_type',
+    'is_pretrained',
+    'name_types',
+    'norm_cfgs',
+]
+
+
+CONVERT_NORMS = 'ConvertNorms'  # the type of mmubn.openmmlab.convert_norms
 
 
 class AskedNorm(NamedTuple):
@@ -30,17 +42,18 @@ class AskedNorm(NamedTuple):
         name: Of its type, as the config or the class has it.
         norm: The class; None where no such name is registered.
         norm_cfg: The dict.
+        owner: The part of the model: ``backbone``; empty for the model itself.
+        converts: Whether the norm takes the place of norms that the part was built with, by ConvertNorms.
+        is_converted: Whether ConvertNorms may replace it.
     """
 
     place: str
     name: str
     norm: type | None
     norm_cfg: dict
-
-    @property
-    def owner(self) -> str:
-        """The part of the model: ``backbone``; empty for the model itself."""
-        return self.place.rpartition('.')[0]
+    owner: str
+    converts: bool
+    is_converted: bool
 
     @property
     def is_ours(self) -> bool:
@@ -58,11 +71,32 @@ def asked_norms(cfg: Config) -> list[AskedNorm]:
         raise ConfigError('the config has no model: it must have a dict of this name, with a type.')
     with MODELS.switch_scope_and_registry(cfg.get('default_scope', 'mmengine')) as registry:
         asked = []
+        conversions = {place for place, node in find_dicts(cfg.model) if _is_conversion(node, registry)}
         for place, norm_cfg in norm_cfgs(cfg.model):
             kind = _imported(norm_cfg['type'])
             norm = find_type(kind, registry)
-            asked.append(AskedNorm(place, kind if isinstance(kind, str) else _name(kind), norm, norm_cfg))
+            config = place.rpartition('.')[0]
+            owner, is_converted = _part(config, conversions)
+            name = kind if isinstance(kind, str) else _name(kind)
+            asked.append(AskedNorm(place, name, norm, norm_cfg, owner, config in conversions, is_converted))
         return asked
+
+
+def _is_conversion(node: dict, registry: Registry) -> bool:
+    """Whether it is a dict of ConvertNorms, which is no part of the model, but for its module."""
+    return {'type', 'module', 'norm_cfg'} <= node.keys() and _name(find_type(node['type'], registry)) == CONVERT_NORMS
+
+
+def _part(config: str, conversions: set[str]) -> tuple[str, bool]:
+    """The part of the model that is built from the dict at the place ``config``, and whether it is in a conversion."""
+    place, part, inside = '', [], False
+    for key in filter(None, config.split('.')):
+        if place in conversions and key == 'module':
+            inside = True
+        else:
+            part.append(key)
+        place = f'{place}.{key}' if place else key
+    return '.'.join(part), inside
 
 
 def norm_cfgs(node: object) -> Iterator[tuple[str, dict]]:

@@ -26,6 +26,7 @@ ON_INSTALL = 'mmubn.openmmlab.install()'
 ON_PRETRAINED = 'import mmubn.openmmlab.pretrained'
 ON_CPU_AMP = '--amp on a CPU (CPUAmpOptimWrapper)'
 ON_ATOMIC_CHECKPOINTS = 'training with AtomicCheckpointHook'
+ON_CONVERSION = 'mmubn.convert_norms()'
 ON_PLOTS = 'import mmubn.analysis.plots'
 ON_TOOLS = 'each tool of this package, at its start'
 
@@ -158,6 +159,20 @@ PATCHES = (
         switch_off="Networks that timm's function makes norms for end in its `No equivalent norm_act layer for ubn`.",
         importers=('timm.*.get_norm_act_layer',),
         action='mmubn.openmmlab.timm_norms:keep_activations',
+    ),
+    Patch(
+        'replaced-parameters',
+        ('torch.optim.optimizer._global_optimizer_pre_hooks',),
+        ON_CONVERSION,
+        why=(
+            'An optimizer that was built before `convert_norms` has the parameters of the old norms, and none of the '
+            "new ones: they would stay as they are, without a word. Torch's hook tells of the first step of each "
+            'optimizer, and it becomes a RuntimeError that names the parameter.'
+        ),
+        others='Nothing: each optimizer is looked through once after a conversion.',
+        versions='torch 2, tested with 2.12.0',
+        switch_off='It is not left out by MMUBN_SKIP_PATCHES. Without a call of `convert_norms` there is no hook.',
+        action='mmubn.convert:watch_optimizers',
     ),
     Patch(
         'layout-report',
@@ -334,7 +349,9 @@ PATCHES = (
 )
 
 ADDITIONS = (
-    Addition('mmengine.registry.MODELS', ('UBN', 'SyncUBN', 'RBN', 'BNET', 'IEBN', 'UnitizedBN'), ON_IMPORT),
+    Addition(
+        'mmengine.registry.MODELS', ('UBN', 'SyncUBN', 'RBN', 'BNET', 'IEBN', 'UnitizedBN', 'ConvertNorms'), ON_IMPORT
+    ),
     Addition('mmengine.registry.HOOKS', ('CovariateShiftHook', 'FeatureCondensationHook'), ON_IMPORT),
     Addition('yaml.representer.SafeRepresenter.yaml_representers', ('UnfoldableEps',), ON_IMPORT),
     Addition('torch.ops', ('mmubn::is_recomputation',), ON_IMPORT),

@@ -2,6 +2,7 @@
 
 from mmengine.registry import MODELS
 
+import mmubn.openmmlab.convert_norms
 import mmubn.openmmlab.hooks  # noqa: F401 - registers those that measure
 from mmubn.layers import NORMS
 from mmubn.openmmlab import patches
@@ -13,7 +14,7 @@ def register() -> None:
     """Register the norm types, and apply the changes in other libraries that no model with one of them can do without.
 
     The norms go to the root registry: mmcv looks a norm up in the scope it is called from and in its parents, never in
-    a sibling. The hooks that look into norms are registered by the import of this module.
+    a sibling. ConvertNorms and the hooks that look into norms are registered by the import of this module.
     """
     for norm in NORMS:
         if MODELS.module_dict.get(norm.__name__) is not norm:

@@ -92,13 +92,15 @@ class TestChanges:
 class TestModules:
     def test_the_rooms_that_an_import_loads(self, modules):
         rooms = {name.split('.')[1] for name in modules['import mmubn'] if '.' in name}
-        assert rooms == {'checkpoints', 'deploy', 'functional', 'layers', 'openmmlab', 'ops', 'version'}
+        assert rooms == {'checkpoints', 'convert', 'deploy', 'functional', 'layers', 'openmmlab', 'ops', 'version'}
 
     def test_of_openmmlab(self, modules):
         """None of the tools' parts: no FLOP counters, networks, initializers, mixed precision, checkpoint hooks."""
         loaded = {name for name in modules['import mmubn'] if name.startswith('mmubn.openmmlab')}
         assert loaded == {
             'mmubn.openmmlab',
+            'mmubn.openmmlab.config_types',
+            'mmubn.openmmlab.convert_norms',
             'mmubn.openmmlab.errors',
             'mmubn.openmmlab.hooks',
             'mmubn.openmmlab.hooks.covariate_shift',

@@ -41,6 +41,7 @@ AREAS = {
         'tests/openmmlab/test_pretrained.py',
     ],
     'Resuming and faults': ['tests/openmmlab/hooks/test_resumed_model.py', 'tests/tools/test_faults.py'],
+    'Converted models': ['tests/test_convert.py', 'tests/openmmlab/test_convert_norms.py'],
     'What would replace UBN': [
         'tests/openmmlab/test_sync_guards.py',
         'tests/openmmlab/test_folding.py',
