@@ -29,6 +29,7 @@ AREAS = {
         'tests/test_traps.py',
         'tests/openmmlab/test_registration.py',
         'tests/layers/test_contract.py',
+        'tests/openmmlab/test_config_types.py',
     ],
     'Code written for BatchNorm2d': [
         'tests/layers/test_as_batch_norm.py',
@@ -48,7 +49,6 @@ AREAS = {
         'tests/layers/test_replacement.py',
         'tests/layers/test_tracing.py',
     ],
-    'Configs in pure Python': ['tests/openmmlab/test_config_types.py'],
     'timm': ['tests/test_timm.py'],
     'Several processes': ['tests/layers/test_sync_ubn.py'],
     'Mixed precision, versions, loading': [
