@@ -8,8 +8,10 @@ reference.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import platform
+import signal
 import sys
 import warnings
 from importlib import metadata, util
@@ -22,6 +24,7 @@ from mmubn.openmmlab.versions import OPTIONAL, REQUIREMENTS, installed_version
 
 
 def main() -> int:
+    argparse.ArgumentParser(prog='python -m mmubn', description=__doc__.split('\n\n')[0]).parse_args()
     problems = []
     print(f'mmubn {mmubn.__version__} in {Path(mmubn.__file__).parent}')
     print(f'Python {platform.python_version()} on {platform.platform()}')
@@ -74,5 +77,7 @@ def _train(device: str) -> str:
 
 
 if __name__ == '__main__':
+    if hasattr(signal, 'SIGPIPE'):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as other commands, in a pipe that somebody closes
     warnings.simplefilter('ignore')  # what is missing is listed
     sys.exit(main())

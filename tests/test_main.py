@@ -9,6 +9,18 @@ import mmubn
 from mmubn import __main__ as check
 
 
+@pytest.fixture(autouse=True)
+def no_arguments(monkeypatch):
+    monkeypatch.setattr('sys.argv', ['mmubn'])
+
+
+def test_another_argument(monkeypatch, capsys):
+    monkeypatch.setattr('sys.argv', ['mmubn', '--foo'])
+    with pytest.raises(SystemExit, match='2'):
+        check.main()
+    assert 'unrecognized arguments: --foo' in capsys.readouterr().err
+
+
 def test_an_installation_that_works(capsys):
     assert check.main() == 0
     lines = capsys.readouterr().out.splitlines()

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
-from mmengine.evaluator import DumpResults
+from mmengine.evaluator import BaseMetric, DumpResults
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
@@ -159,6 +159,8 @@ def main(args: argparse.Namespace) -> None:
     if args.show or args.show_dir:
         draw_predictions(cfg, args)
     classifies, detects = is_of(cfg, 'mmpretrain'), is_of(cfg, 'mmdet')
+    if args.tta and classifies and (args.show or args.show_dir):
+        raise UsageError('--show and --show-dir draw one image, and --tta gives a classifier several: leave one out.')
     if args.tta:
         use_test_time_augmentation(cfg)
     remedy = 'give the config that it was trained with, or, if you mean it, add --allow-partial'
@@ -167,7 +169,16 @@ def main(args: argparse.Namespace) -> None:
         place_drawings(runner, args.show_dir)
     if args.out is not None:
         runner.test_evaluator.metrics.append(_dumper(detects)(out_file_path=args.out))
-    runner.test()
+    metrics = runner.test()
+    if not metrics and any(_measures(each) for each in runner.test_evaluator.metrics):
+        raise UsageError(
+            'the evaluation gave no metric: MMDetection measures none where not one object was found in all images. '
+            'Has the model learned anything? Is model.test_cfg (score_thr) right?'
+        )
+
+
+def _measures(metric: BaseMetric) -> bool:
+    return not isinstance(metric, DumpResults) and not getattr(metric, 'format_only', False)
 
 
 def _dumper(detects: bool) -> type[DumpResults]:

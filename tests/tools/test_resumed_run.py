@@ -5,6 +5,7 @@ import itertools
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from mmengine.runner import find_latest_checkpoint
 
 from mmubn.checkpoints import CheckpointError
 from mmubn.cli import build_runner
+from mmubn.openmmlab.errors import ConfigError
+from mmubn.openmmlab.hooks.checkpoint import AtomicCheckpointHook
 from mmubn.openmmlab.hooks.checkpoint_fit import CheckpointFitHook
 from mmubn.openmmlab.resumption import find_last_checkpoint, make_resumable
 
@@ -240,3 +243,31 @@ def test_a_tool_starts_anew_or_says_that_it_is_done(tmp_path, monkeypatch, capsy
     assert f'nothing is left to train: {tmp_path}/run/epoch_1.pth has trained 1 epochs' in second
     assert not [line for line in second.splitlines() if line.startswith(f'Load checkpoint from {trained}')]
     assert Config.fromfile(tmp_path / 'run' / 'config.py').load_from == cfg.load_from
+
+
+class TestBestCheckpoint:
+    def test_a_metric_that_there_is_not(self):
+        hook = AtomicCheckpointHook(save_best='bbox_mAP')
+        with pytest.raises(
+            ConfigError, match=r"save_best is 'bbox_mAP', .* coco/bbox_mAP, coco/bbox_mAP_50; did you mean"
+        ):
+            hook._save_best_checkpoint(None, {'coco/bbox_mAP': 0.1, 'coco/bbox_mAP_50': 0.2})
+
+    def test_nothing_measured(self):
+        told = []
+        hook = AtomicCheckpointHook(save_best='auto')
+        hook._save_best_checkpoint(SimpleNamespace(logger=SimpleNamespace(warning=told.append)), {})
+        assert told == ['mmubn: the validation has no metrics, so no checkpoint is the best one.']
+
+
+def test_averaged_weights_without_an_average(tmp_path):
+    cfg = config(tmp_path / 'run')
+    cfg.custom_hooks = [*cfg.custom_hooks, dict(type='EMAHook')]
+    train(cfg)
+    again = config(tmp_path / 'run', train_cfg__max_epochs=2)
+    lines = train(again, resume=tmp_path / 'run' / 'epoch_1.pth')
+    assert any('has averaged weights (EMAHook), and this config does not average' in line for line in lines)
+    again = config(tmp_path / 'averaging', train_cfg__max_epochs=2)
+    again.custom_hooks = [*again.custom_hooks, dict(type='EMAHook')]
+    lines = train(again, resume=tmp_path / 'run' / 'epoch_1.pth')
+    assert not any('averaged' in line for line in lines)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli import ROOT
+from cli import ROOT, call
 from mmengine.config import Config
 from mmengine.hub import get_config
 from mmengine.registry import MODELS
@@ -100,3 +100,19 @@ def test_a_model_of_another_kind():
     cfg = Config(dict(model=dict(type='SomethingElse'), test_dataloader=dict(dataset=dict(pipeline=[]))))
     with pytest.raises(UsageError, match=r'SomethingElse is neither: set tta_model \(and tta_pipeline\)'):
         augmented(cfg)
+
+
+def test_a_classifier_is_not_drawn(monkeypatch, capsys, tmp_path):
+    (tmp_path / 'epoch_1.pth').touch()
+    for name in ('train', 'val'):
+        (tmp_path / name).mkdir()
+    arguments = (
+        CONFIGS / 'digits' / 'resnet18-ubn_digits.py',
+        tmp_path / 'epoch_1.pth',
+        '--tta',
+        '--show-dir',
+        'drawings',
+    )
+    options = ('--work-dir', tmp_path / 'run', '--cfg-options', f'test_dataloader.dataset.data_root={tmp_path}')
+    assert call(monkeypatch, 'test.py', *arguments, *options) == 2
+    assert '--show and --show-dir draw one image, and --tta gives a classifier several' in capsys.readouterr().err

@@ -348,6 +348,13 @@ class TestBadInput:
         for message in ('checkpoints/resnet50-ubn_in1k.pth does not exist', 'imagenet_checkpoints', 'README.md'):
             assert message in last
 
+    def test_no_object_found_is_no_evaluation(self, small, tmp_path, trained):
+        """MMDetection then gives no metric at all."""
+        options = ('--work-dir', tmp_path, '--cfg-options', *small, 'model.test_cfg.rcnn.score_thr=1.0')
+        result = tool('test.py', CONFIG, trained / 'epoch_2.pth', *options)
+        assert result.returncode == 2, result.stdout
+        assert 'error: the evaluation gave no metric: MMDetection measures none where not one object' in result.stdout
+
     def test_missing_checkpoint_to_evaluate(self):
         result = tool('test.py', CONFIG, 'gone.pth')
         assert result.returncode == 2, result.stdout

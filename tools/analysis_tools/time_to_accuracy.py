@@ -91,7 +91,7 @@ def read_groups(runs: list[Path], metric: str) -> tuple[list[Group], set[str]]:
         mean = values.mean(0)
         if np.isnan(mean).all():
             logged = dict.fromkeys(tag for records in members.values() for tag in metric_names(records))
-            there = f'logged are: {", ".join(logged)}' if logged else 'no metric is logged yet'
+            there = f'logged are: {", ".join(logged)}; choose one by --metric' if logged else 'no metric is logged yet'
             problems.append(f'{label} has no validation with {metric} in all its logs; {there}.')
             continue
         seconds = np.mean([training_seconds(run, records, epochs) for run, records in members.items()], axis=0)

@@ -22,6 +22,7 @@ from mmengine.runner import Runner
 
 from mmubn.checkpoints import CheckpointError
 from mmubn.openmmlab import patches
+from mmubn.openmmlab.errors import ConfigError
 
 __all__ = ['AtomicCheckpointHook', 'AtomicLocalBackend', 'register_atomic_backend', 'write_atomically']
 
@@ -177,6 +178,18 @@ class AtomicCheckpointHook(CheckpointHook):
                     self._remove(self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(outdated)))
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        if not metrics and self.save_best:
+            # MMDetection measures nothing where no object is found; MMEngine would end in a KeyError.
+            runner.logger.warning('mmubn: the validation has no metrics, so no checkpoint is the best one.')
+            return
+        for key in getattr(self, 'key_indicators', None) or ():
+            if key != 'auto' and key not in metrics:
+                near = [each for each in metrics if each.rpartition('/')[2] == key.rpartition('/')[2]]
+                question = f'; did you mean {near[0]}?' if near else '.'
+                raise ConfigError(
+                    f'default_hooks.checkpoint.save_best is {key!r}, and the metrics of the validation are '
+                    f'{", ".join(metrics)}{question}'
+                )
         backend = self.file_backend
         self.file_backend = later = _RemovesLater(backend)
         try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.dist import get_world_size
-from mmengine.hooks import CheckpointHook, Hook
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.runner import IterBasedTrainLoop, Runner
 
 from mmubn.checkpoints import CheckpointError
@@ -49,6 +49,11 @@ class ResumedRunHook(Hook):
             _check_optimizer(there, here, path)
             for line in _differences(there, here):
                 runner.logger.warning(f'mmubn: the config of {path} has another {line}')
+        if 'ema_state_dict' in checkpoint and not any(isinstance(hook, EMAHook) for hook in runner.hooks):
+            runner.logger.warning(
+                f'mmubn: {path} has averaged weights (EMAHook), and this config does not average: the training goes on '
+                'from the averaged weights, with the state of an optimizer that trained others.'
+            )
         for line in _other_facts(checkpoint['meta'], _facts(runner)):
             runner.logger.warning(f'mmubn: {path} was trained with {line}')
 
