@@ -51,6 +51,9 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     cfg = load_config(args)
     set_run(cfg, args)
+    for key in ('max_epochs', 'max_iters', 'val_interval'):
+        if (cfg.get('train_cfg') or {}).get(key) == 0:  # MMEngine would train nothing, or divide by it
+            raise UsageError(f'train_cfg.{key} is 0: expected at least 1.')
     if args.amp:
         use_mixed_precision(cfg)
     if args.auto_scale_lr:

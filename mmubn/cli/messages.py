@@ -6,12 +6,16 @@ data-loader worker is a whole traceback, and an assertion may have no words at a
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import inspect
 import os
 import re
 import traceback
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
+from urllib.error import URLError
 
 from mmengine.config import Config
 from mmengine.registry import Registry
@@ -19,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from mmubn.openmmlab.arguments import arguments_of, did_you_mean, registered_names
 from mmubn.openmmlab.config_types import find_dicts, find_type
+from mmubn.openmmlab.hooks.sample_errors import no_batch
 
 __all__ = ['first_cause', 'in_one_line', 'one_line_of', 'own_words', 'shortened', 'where']
 
@@ -31,6 +36,8 @@ REMEDIES = {
     errno.EACCES: 'change its permissions, or write elsewhere',
     errno.EROFS: 'write elsewhere',
 }
+# Of train_cfg and of the data loaders: the least that each can be. Their errors seldom name them.
+LEAST = {'batch_size': 1, 'max_epochs': 1, 'max_iters': 1, 'num_workers': 0, 'prefetch_factor': 1, 'val_interval': 1}
 
 
 def one_line_of(error: BaseException) -> str:
@@ -38,12 +45,20 @@ def one_line_of(error: BaseException) -> str:
     text = str(error)
     if 'Original Traceback' in text:  # that of a data-loader worker, and no other place is of use
         return shortened(_end_of_traceback(text))
+    if isinstance(error, (URLError, ConnectionError, TimeoutError)) and (url := _url(error)) is not None:
+        return _of_download(error, url)
     if isinstance(error, OSError) and error.strerror:
         return _of_os_error(error)
     text = re.sub(r'^(class `\w+` in \S+\.py: )+', '', own_words(error))  # MMEngine's prefixes (0.10.7)
+    text = text.partition(', but expected one of:')[0]  # torch lists the signatures of the function
     cause = error.__cause__
     if cause is not None and str(cause) not in text:
         text = f'{text} ({type(cause).__name__}: {cause})'
+    number = _wrong_number(error)
+    if number is not None:
+        return shortened(f'{number} ({type(error).__name__}: {text})')
+    if 'epoch_length` must be a positive integer, but got 0' in text and (empty := _of_no_batch(error)):
+        return empty
     building = _building(error)
     if building is not None:
         return shortened(_of_config(error, text, building))
@@ -123,27 +138,73 @@ def _path_in(error: OSError) -> str | None:
     return None
 
 
-def _building(error: BaseException) -> tuple[dict, str, FrameType] | None:
-    """The dict that MMEngine was building something from, its key in the config, and MMEngine's frame."""
-    cfg, node, innermost = None, None, None
-    for frame in _frames(error):
-        values = frame.f_locals
-        if cfg is None:
-            cfg = next((each for each in values.values() if isinstance(each, Config)), None)
-        given = BUILDERS.get(frame.f_code.co_name)
-        if given in values:
-            node, innermost = values[given], frame
-    if cfg is None or innermost is None:
+def _config(error: BaseException) -> Config | None:
+    values = (each for frame in _frames(error) for each in frame.f_locals.values())
+    return next((each for each in values if isinstance(each, Config)), None)
+
+
+def _url(error: BaseException) -> str | None:
+    """What was downloaded."""
+    values = [each for frame in _frames(error) for each in frame.f_locals.values() if isinstance(each, str)]
+    return next((each for each in values if re.match(r'https?://\S+$', each)), None)
+
+
+def _of_download(error: OSError, url: str) -> str:
+    """The key too, of which the value is the URL or a name for it, such as torchvision://resnet50."""
+    cfg = _config(error)
+    names = {each for frame in _frames(error) for each in frame.f_locals.values() if isinstance(each, str)}
+    dicts = find_dicts(cfg._cfg_dict) if cfg is not None else ()
+    keys = [
+        f'{place}.{key}'.removeprefix('.')
+        for place, each in dicts
+        for key, value in each.items()
+        if isinstance(value, str) and '://' in value and value in names
+    ]
+    reason = getattr(error, 'reason', None) or error.strerror or error
+    reason = getattr(reason, 'strerror', None) or reason
+    owner = f'{keys[0]} ' if keys else ''
+    remedy = f'and give {owner}the path of the file'
+    key = f'{keys[0]}: ' if keys else ''
+    return shortened(f'{key}cannot download {url}: {reason}; check the network, or download it by hand {remedy}.')
+
+
+def _wrong_number(error: BaseException) -> str | None:
+    """The key of a loop or data loader whose value is no number, or one that it cannot be."""
+    cfg = _config(error)
+    if cfg is None or not isinstance(error, (ArithmeticError, AssertionError, TypeError, ValueError)):
         return None
+    for place in ('train_cfg', 'train_dataloader', 'val_dataloader', 'test_dataloader'):
+        node = cfg.get(place)
+        for key, least in LEAST.items() if isinstance(node, dict) else ():
+            value = node.get(key)
+            is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+            if value is not None and not (is_whole and value >= least):
+                return f'{place}.{key} must be a whole number of at least {least}, got {value!r}'
+    return None
+
+
+def _building(error: BaseException) -> tuple[dict, str, FrameType] | None:
+    """The dict that MMEngine was building something from, its key in the config, and MMEngine's frame.
+
+    It is the innermost that the config has: classes build parts of themselves from dicts of their own.
+    """
+    cfg = _config(error)
+    if cfg is None:
+        return None
+    frames = [frame for frame in _frames(error) if BUILDERS.get(frame.f_code.co_name) in frame.f_locals]
     places = list(find_dicts(cfg._cfg_dict))
-    if not isinstance(node, dict):
-        found = [f'{place}.{key}' for place, each in places if place for key in each if each[key] == node]
-        return ({}, found[0], innermost) if found else None
-    found = [place for place, each in places if place and each == node]
-    if not found:  # detectors add to the dicts of their parts
-        inside = [(place, each) for place, each in places if place and each.get('type') is not None]
-        found = [place for place, each in inside if all(key in node and node[key] == each[key] for key in each)]
-    return (node, found[0], innermost) if found else None
+    for frame in reversed(frames):
+        node = frame.f_locals[BUILDERS[frame.f_code.co_name]]
+        if not isinstance(node, dict):
+            found = [f'{place}.{key}' for place, each in places if place for key in each if each[key] == node]
+            return ({}, found[0], frame) if found else None
+        found = [place for place, each in places if place and each == node]
+        if not found:  # detectors add to the dicts of their parts
+            inside = [(place, each) for place, each in places if place and each.get('type') is not None]
+            found = [place for place, each in inside if all(key in node and node[key] == each[key] for key in each)]
+        if found:
+            return node, found[0], frame
+    return None
 
 
 def _of_config(error: BaseException, text: str, building: tuple[dict, str, FrameType]) -> str:
@@ -164,6 +225,46 @@ def _of_config(error: BaseException, text: str, building: tuple[dict, str, Frame
     if unknown is not None and unknown[1] in node:
         known = arguments_of(kind).names
         return f'{place}.{unknown[1]}: {name} has no such argument{did_you_mean(unknown[1], known) or "."}'
+    if 'need at least one array to concatenate' in text:
+        text = _of_no_images(error) or text
     if isinstance(error, SAYS_LITTLE):
         text = f'{type(error).__name__}: {text}{where(error)}'
+    if isinstance(error, TypeError):
+        text = f'{_no_integers(kind, node, place)}{text}'
     return f'{place} ({name}): {text}'
+
+
+def _no_integers(kind: object, node: dict, place: str) -> str:
+    """The arguments in a dict whose values are no integers, though their defaults are."""
+    defaults: dict[str, Any] = {}
+    for each in reversed(kind.__mro__) if isinstance(kind, type) else ():
+        if '__init__' in vars(each) and each is not object:
+            with contextlib.suppress(TypeError, ValueError):  # built in
+                parameters = inspect.signature(each.__init__).parameters.values()
+                defaults.update({one.name: one.default for one in parameters})
+    wrong = [
+        f'{place}.{key}={value!r} must be an integer; '
+        for key, value in node.items()
+        if isinstance(value, (float, str)) and type(defaults.get(key)) is int
+    ]
+    return ''.join(wrong)
+
+
+def _of_no_images(error: BaseException) -> str | None:
+    """MMEngine meets a data set without images when it joins them to one array."""
+    owners = (each.f_locals['self'] for each in _frames(error) if each.f_code.co_name == '_serialize_data')
+    for dataset in owners:
+        keys = dict(ann_file=dataset.ann_file, filter_cfg=dataset.filter_cfg, indices=dataset._indices)
+        told = ', '.join(f'{key}={value!r}' for key, value in keys.items() if value not in (None, '', {}))
+        return (
+            f'no images are left of it ({told}): filter_cfg leaves out images without objects of the classes and '
+            'small ones; correct metainfo.classes, ann_file, filter_cfg or indices.'
+        )
+    return None
+
+
+def _of_no_batch(error: BaseException) -> str | None:
+    """MMEngine meets a data loader without a batch when it counts the iterations of schedulers."""
+    loaders = (getattr(each.f_locals.get('self'), 'train_dataloader', None) for each in _frames(error))
+    loader = next((each for each in loaders if isinstance(each, DataLoader)), None)
+    return None if loader is None else no_batch(loader)

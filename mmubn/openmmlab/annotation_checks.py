@@ -13,10 +13,20 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from mmubn.openmmlab.errors import DataError
 
-__all__ = ['Problems', 'check_classes', 'check_evaluation', 'check_instances', 'listed', 'read_annotations', 'similar']
+__all__ = [
+    'Instances',
+    'Problems',
+    'check_classes',
+    'check_evaluation',
+    'check_instances',
+    'listed',
+    'read_annotations',
+    'similar',
+]
 
 KEYS = {
     'categories': {'id', 'name'},
@@ -70,7 +80,25 @@ def read_annotations(path: str, annotated: bool = True) -> dict:
         _check_entries(path, name, data[name], keys)
     if not data['images']:
         raise DataError(f'{path} has no images.')
+    for key, name in (('image_id', 'images'), ('category_id', 'categories')):
+        _check_references(path, data, key, name)
     return data
+
+
+def _check_references(path: str, data: dict, key: str, name: str) -> None:
+    """Check that annotations have ids of the same type as the images and categories: '3' is not 3."""
+    ids = {entry['id'] for entry in data[name]}
+    texts = {str(each) for each in ids}
+    for annotation in data['annotations']:
+        value = annotation[key]
+        if not isinstance(value, (int, float, str)):
+            raise DataError(f'{path}: annotation {annotation["id"]!r} has the {key} {value!r}; expected a number.')
+        if value not in ids and str(value) in texts:
+            other = next(each for each in ids if str(each) == str(value))
+            raise DataError(
+                f'{path}: annotation {annotation["id"]!r} has the {key} {value!r}, and {name} have the id {other!r}, '
+                'which is not the same: write numbers without quotes in both.'
+            )
 
 
 def _check_entries(path: str, name: str, entries: list, keys: set[str]) -> None:
@@ -215,9 +243,23 @@ MASK_REMEDY = (
 )
 
 
-def check_instances(
-    data: dict, path: str, categories: Sequence[dict], place: str, masks: bool, training: bool
-) -> list[str]:
+class Instances(NamedTuple):
+    """What MMDetection's CocoDataset takes of a file.
+
+    Attributes:
+        notes: What is worth a warning: annotations that are left out, or look wrong.
+        used: How many annotations are read.
+        reasons: Why the others are not.
+        sizeless: Whether it has boxes of the classes, and all of no size or outside their images.
+    """
+
+    notes: list[str]
+    used: int
+    reasons: str
+    sizeless: bool
+
+
+def check_instances(data: dict, path: str, categories: Sequence[dict], place: str, masks: bool) -> Instances:
     """Check what MMDetection's CocoDataset reads of annotations.
 
     Args:
@@ -226,10 +268,6 @@ def check_instances(
         categories: Those of the classes.
         place: Of the data set in the config.
         masks: Whether its pipeline loads masks.
-        training: Whether it is trained on: some annotations must be left.
-
-    Returns:
-        What is worth a warning: annotations that are left out, or look wrong.
 
     Raises:
         DataError: Names the key, the first annotation and how many are like it.
@@ -281,10 +319,8 @@ def check_instances(
         if problem in problems:
             raise DataError(f'{path}: {problems.text(problem)}; {remedy}')
     noted = (NO_IMAGE, NO_SIZE, OTHER_CLASS)
-    if training and used == 0:
-        reasons = '; '.join(problems.text(problem) for problem in noted if problem in problems) or 'it has none'
-        remedy = ' Boxes are [x, y, width, height] in pixels.' if NO_SIZE in problems else ''
-        raise DataError(f'{path}: no annotation is left to train on: {reasons}.{remedy}')
+    reasons = '; '.join(problems.text(problem) for problem in noted if problem in problems) or 'it has none'
+    remedy = ' Boxes are [x, y, width, height] in pixels.' if NO_SIZE in problems else ''
     notes = [f'{path}: {problems.text(problem)} and are left out.' for problem in noted[:2] if problem in problems]
     if OTHER_CLASS in problems:
         names = [category['name'] for category in data['categories'] if category['id'] not in chosen]
@@ -297,7 +333,7 @@ def check_instances(
         notes.append(
             f'{path}: {problems.text(OUTSIDE)}; a box is [x, y, width, height] in pixels, not [x1, y1, x2, y2].'
         )
-    return notes
+    return Instances(notes, used, f'{reasons}.{remedy}', used == 0 and NO_SIZE in problems)
 
 
 def _box(annotation: dict) -> tuple | None:

@@ -35,15 +35,18 @@ class Arguments(NamedTuple):
 def arguments_of(kind: object) -> Arguments:
     """The arguments of a class, with those that its ``**kwargs`` hand to its bases, or of a function."""
     names: set[str] = set()
+    passed_over = ''  # the base whose constructor, with those before it, is left out
     for each in kind.__mro__ if isinstance(kind, type) else (kind,):
+        function = each
         if isinstance(kind, type):
-            if '__init__' not in vars(each):
+            if passed_over or '__init__' not in vars(each):
+                passed_over = '' if each.__name__ == passed_over else passed_over
                 continue
             if each is object:
                 break
-            each = each.__init__
+            function = each.__init__
         try:
-            parameters = list(inspect.signature(each).parameters.values())
+            parameters = list(inspect.signature(function).parameters.values())
         except (TypeError, ValueError):  # built in
             break
         parameters = parameters[1:] if isinstance(kind, type) else parameters
@@ -51,18 +54,26 @@ def arguments_of(kind: object) -> Arguments:
         rest = [one.name for one in parameters if one.kind == one.VAR_KEYWORD]
         if not rest:
             return Arguments(frozenset(names), False)
-        if isinstance(kind, type) and not _hands_on(each, rest[0]):
-            break
+        if isinstance(kind, type):
+            owner = _hands_on(function, rest[0])
+            if owner is None:
+                break
+            passed_over = owner if owner != each.__name__ else ''
     return Arguments(frozenset(names), True)
 
 
-def _hands_on(function: object, rest: str) -> bool:
-    """Whether the ``**rest`` of a constructor go to its base: a wrapper of another library gives them to that."""
+def _hands_on(function: object, rest: str) -> str | None:
+    """Whether the ``**rest`` of a constructor go to its base: a wrapper of another library gives them to that.
+
+    Returns:
+        ``'OWNER'`` of ``super(OWNER, self)``, empty for ``super()``; None where they go elsewhere.
+    """
     try:
         source = inspect.getsource(function)
     except (OSError, TypeError):
-        return False
-    return re.search(rf'super\([^()]*\)\.__init__\((?:[^()]|\([^()]*\))*\*\*{rest}\b', source) is not None
+        return None
+    call = re.search(rf'super\((\w*)[^()]*\)\.__init__\((?:[^()]|\([^()]*\))*\*\*{rest}\b', source)
+    return call[1] if call is not None else None
 
 
 def find_kinds(kind: object, scope: str | None) -> list[object]:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmengine.config import Config
-from mmengine.registry import DATASETS, METRICS, Registry
+from mmengine.registry import DATASETS, EVALUATOR, METRICS, Registry
 
 from mmubn.openmmlab.annotation_checks import (
+    Instances,
     check_classes,
     check_evaluation,
     check_instances,
@@ -26,8 +27,10 @@ from mmubn.openmmlab.annotation_checks import (
 )
 from mmubn.openmmlab.config_types import find_dicts, find_type
 from mmubn.openmmlab.errors import DataError
+from mmubn.openmmlab.local_files import missing_files
+from mmubn.openmmlab.voc_checks import check_voc
 
-__all__ = ['check_data', 'missing_files']
+__all__ = ['check_data']
 
 
 class _Source(NamedTuple):
@@ -37,14 +40,45 @@ class _Source(NamedTuple):
     dataset: Any
     named: bool  # whether the config names its classes
     masks: bool  # whether its pipeline loads masks
+    annotated: bool  # whether its pipeline loads annotations: that of unlabelled images does not
+
+    @property
+    def keeps_empty(self) -> bool:
+        """Whether it reads images without annotations too."""
+        return not (self.dataset.filter_cfg or {}).get('filter_empty_gt', False)
+
+
+class _Split(NamedTuple):
+    """The data sets of one loader."""
+
+    name: str
+    cfg: Config
+    sources: list[_Source]
+    sizes: dict[str, int]  # the number of images of the sources that were read
+    whole: bool  # whether the sources are all data sets of the loader
+
+    @property
+    def place(self) -> str:
+        return f'{self.name}_dataloader.dataset'
+
+    @property
+    def loader(self) -> dict:
+        return self.cfg.get(f'{self.name}_dataloader') or {}
+
+    def total(self) -> int | None:
+        """The number of images of an epoch; None where it is not known, as for data sets that are repeated."""
+        expected = {self.place, *(f'{self.place}.datasets.{i}' for i in range(len(self.sizes)))}
+        known = self.whole and len(self.sizes) == len(self.sources) and expected >= self.sizes.keys()
+        return sum(self.sizes.values()) if known else None
 
 
 def check_data(cfg: Config, splits: Sequence[str]) -> list[str]:
     """Check the data sets and metrics of ``splits``, of train, val and test.
 
     Of COCO format (MMDetection's CocoDataset and CocoMetric) are checked: that each class is a category of the file, in
-    the order of the file; that the file has what is read of it; that images are left, and on the disk. Of MMPretrain's
-    CustomDataset and ImageNet: that folders are classes, the same in all splits, or that each line has a label.
+    the order of the file; that the file has what is read of it; that images are left, and on the disk. Of PASCAL VOC's
+    (XMLDataset): that files are there, and have objects of the classes. Of MMPretrain's CustomDataset and ImageNet:
+    that folders are classes, the same in all splits, or that each line has a label.
 
     Returns:
         Lines for the log, about what is left out or looks wrong.
@@ -60,16 +94,14 @@ def check_data(cfg: Config, splits: Sequence[str]) -> list[str]:
         _check_same_classes(everything)
     files: dict[str, dict] = {}
     ordered: list[str] = []
-    coco = _loaded('mmdet.datasets.coco', 'CocoDataset')
-    for split, each in sources.items():
+    for name, each in sources.items():
         _forget(files, [source.dataset.ann_file for source in each])
-        images: dict = {}
-        read = [source for source in each if _is_coco(source.dataset, coco)]
-        for source in read:
-            notes += _check_coco(source, files, ordered, images, split == 'train')
-        if split != 'train' and read:
-            notes += _check_metrics(cfg, split, read[0], files, ordered, images)
-    _check_folders([source for source in everything if coco is None or not isinstance(source.dataset, coco)])
+        leaves = sum(_is_leaf(place, node) for place, node in _data_dicts(cfg, name))
+        split = _Split(name, cfg, each, {}, len(each) == leaves)
+        notes += _check_coco_split(split, files, ordered)
+        notes += _check_voc_split(split)
+        _check_batches(split)
+    _check_folders(everything)
     return list(dict.fromkeys(notes))
 
 
@@ -78,23 +110,53 @@ def _loaded(module: str, name: str) -> Any:
     return getattr(sys.modules.get(module), name, None)
 
 
-def _sources(cfg: Config, split: str, registry: Registry) -> Iterator[_Source]:
+def _data_dicts(cfg: Config, split: str) -> list[tuple[str, dict]]:
     config = (cfg.get(f'{split}_dataloader') or {}).get('dataset') or {}
-    masks = any(node.get('with_mask') for _, node in find_dicts(config))
-    for place, node in find_dicts(config, f'{split}_dataloader.dataset'):
+    return list(find_dicts(config, f'{split}_dataloader.dataset'))
+
+
+def _is_leaf(place: str, node: dict) -> bool:
+    """Whether this is a data set, and none that repeats, balances, joins or mixes others."""
+    inside = place.rpartition('.datasets.')[2].isdecimal() or place.endswith('.dataset')
+    return inside and '.pipeline' not in place and not {'dataset', 'datasets'} & node.keys()
+
+
+def _sources(cfg: Config, split: str, registry: Registry) -> Iterator[_Source]:
+    nodes = _data_dicts(cfg, split)
+    for place, node in nodes:
         kind = None if '.pipeline' in place or 'type' not in node else find_type(node['type'], registry)
-        bases = (_loaded('mmdet.datasets.coco', 'CocoDataset'), _loaded('mmpretrain.datasets.custom', 'CustomDataset'))
-        of_coco, of_folders = (base is not None and isinstance(kind, type) and issubclass(kind, base) for base in bases)
-        if not (of_coco or of_folders) or _is_remote(node):
+        bases = (
+            _loaded('mmdet.datasets.coco', 'CocoDataset'),
+            _loaded('mmdet.datasets.xml_style', 'XMLDataset'),
+            _loaded('mmpretrain.datasets.custom', 'CustomDataset'),
+        )
+        of_coco, of_voc, of_folders = (
+            base is not None and isinstance(kind, type) and issubclass(kind, base) for base in bases
+        )
+        if not (of_coco or of_voc or of_folders) or _is_remote(node):
             continue
-        _check_names(place, node, of_coco)
+        _check_names(place, node, of_coco or of_voc)
         arguments = {key: copy.deepcopy(value) for key, value in node.items() if key not in ('pipeline', 'lazy_init')}
         try:
             dataset = registry.build(dict(arguments, pipeline=[], lazy_init=True))
-        except Exception:  # an argument that does not fit, of which the class itself tells when the runner builds it
+        except Exception as error:  # the class itself tells of other arguments when the runner builds it
+            if of_coco and isinstance(node.get('ann_file'), (list, tuple)):
+                raise DataError(
+                    f'{place}.ann_file is a list, as MMDetection 2 took it; give one file to each data set, and join '
+                    "them: dict(type='ConcatDataset', datasets=[...])."
+                ) from error
             continue
         named = 'classes' in (node.get('metainfo') or {}) or node.get('classes') is not None
-        yield _Source(place, dataset, named, masks)
+        owners = ((at.partition('.pipeline')[0], each) for at, each in nodes if '.pipeline' in at)
+        transforms = [each for owner, each in owners if f'{place}.'.startswith(f'{owner}.')]
+        masks = any(each.get('with_mask') for each in transforms)
+        yield _Source(place, dataset, named, masks, any(map(_loads_annotations, transforms)))
+
+
+def _loads_annotations(transform: dict) -> bool:
+    kind = transform.get('type')
+    name = getattr(kind, '__name__', str(kind).rpartition('.')[2])
+    return name.startswith('Load') and 'Annotations' in name and name != 'LoadEmptyAnnotations'
 
 
 def _is_remote(node: dict) -> bool:
@@ -103,10 +165,10 @@ def _is_remote(node: dict) -> bool:
     return node.get('backend_args') is not None or any('://' in path for path in paths if isinstance(path, str))
 
 
-def _check_names(place: str, node: dict, of_coco: bool) -> None:
+def _check_names(place: str, node: dict, of_detection: bool) -> None:
     """Check that the classes which a config names are different names, and that it names them where they are read."""
     metainfo = node.get('metainfo') or {}
-    if of_coco and 'classes' in node:
+    if of_detection and 'classes' in node:
         raise DataError(f'{place}.classes is not read by {_name(node)}: write metainfo=dict(classes=(...)).')
     if 'CLASSES' in metainfo and 'classes' not in metainfo:
         raise DataError(f'{place}.metainfo.CLASSES is how MMDetection 2 wrote it: write metainfo=dict(classes=(...)).')
@@ -177,18 +239,52 @@ def _read(path: str, files: dict[str, dict], annotated: bool) -> dict:
     return files[path]
 
 
-def _check_coco(source: _Source, files: dict[str, dict], ordered: list[str], images: dict, training: bool) -> list[str]:
+def _check_coco_split(split: _Split, files: dict[str, dict], ordered: list[str]) -> list[str]:
+    coco = _loaded('mmdet.datasets.coco', 'CocoDataset')
+    training = split.name == 'train'
+    images: dict[str, dict] = {}
+    found: dict[str, Instances] = {}
+    read = [source for source in split.sources if _is_coco(source.dataset, coco)]
+    for source in read:
+        found[source.place], images[source.place] = _check_coco(source, files, ordered, training)
+        split.sizes[source.place] = len(images[source.place])
+    notes = [note for each in found.values() for note in each.notes]
+    if training:
+        return notes + _check_annotated(split, read, found)
+    return notes + (_check_metrics(split, read, files, ordered, images) if read else [])
+
+
+def _check_annotated(split: _Split, read: list[_Source], found: dict[str, Instances]) -> list[str]:
+    """Check that something is left to train on. Images without objects may be there beside others."""
+    empty = [source for source in read if not found[source.place].used]
+    labelled = [source for source in read if source.annotated]
+    if labelled and split.whole and len(read) == len(split.sources) and all(source in empty for source in labelled):
+        raise DataError(_nothing_left(labelled[0], found[labelled[0].place]))
+    return [
+        f'{source.dataset.ann_file} ({source.place}) has no annotation of the classes: its images are background.'
+        for source in empty
+        if source.annotated
+    ]
+
+
+def _nothing_left(source: _Source, instances: Instances) -> str:
+    return f'{source.dataset.ann_file}: no annotation is left to train on: {instances.reasons}'
+
+
+def _check_coco(
+    source: _Source, files: dict[str, dict], ordered: list[str], training: bool
+) -> tuple[Instances, dict[int | str, str]]:
+    """The annotations of a data set, and the names of its images by their ids."""
     place, dataset = source.place, source.dataset
     path = dataset.ann_file
     if not path:
         raise DataError(f'{place}.ann_file is not set; expected an annotation file of COCO format.')
-    data = _read(path, files, training)
+    data = _read(path, files, training and source.annotated and not source.keeps_empty)
     categories = _chosen(source, data, path, ordered)
-    notes = check_instances(data, path, categories, place, source.masks, training)
-    left = _left_images(source, data, categories)
-    if isinstance(dataset._indices, int):
-        left = left[: dataset._indices] if dataset._indices >= 0 else left[dataset._indices :]
-    images.update({image['id']: image['file_name'] for image in left})
+    instances = check_instances(data, path, categories, place, source.masks)
+    if training and source.annotated and not instances.used and (instances.sizeless or not source.keeps_empty):
+        raise DataError(_nothing_left(source, instances))
+    left = _chosen_indices(source, _left_images(source, data, categories))
     if 'img' not in dataset.data_prefix:
         raise DataError(f"{place}.data_prefix has no 'img', the folder of the images; write data_prefix=dict(img=...).")
     folder = dataset.data_prefix['img']
@@ -197,7 +293,27 @@ def _check_coco(source: _Source, files: dict[str, dict], ordered: list[str], ima
             f'{path}: {len(missing)} of {len(left)} images are not in {folder or "."}; the first: {missing[0]!r}. '
             f'Correct {place}.data_prefix.img or data_root, or file_name in the file, or fetch the images.'
         )
-    return notes
+    return instances, {image['id']: image['file_name'] for image in left}
+
+
+def _chosen_indices(source: _Source, images: list[dict]) -> list[dict]:
+    """Those that ``indices`` takes: so many of the first or, if it is negative, of the last, or a list of them."""
+    indices = source.dataset._indices
+    if indices is None:
+        return images
+    if isinstance(indices, int):
+        chosen = images[:indices] if indices >= 0 else images[indices:]
+    else:
+        wrong = [i for i in indices if not -len(images) <= i < len(images)]
+        if wrong:
+            raise DataError(f'{source.place}.indices has {wrong[0]}, and {len(images)} images are left to choose from.')
+        chosen = [images[i] for i in indices]
+    if not chosen:
+        raise DataError(
+            f'{source.place}.indices={indices!r} chooses none of {len(images)} images of {source.dataset.ann_file}; '
+            'give a number of images, or leave it out (None) for all.'
+        )
+    return chosen
 
 
 def _chosen(source: _Source, data: dict, path: str, ordered: list[str]) -> list[dict]:
@@ -230,29 +346,14 @@ def _left_images(source: _Source, data: dict, categories: list[dict]) -> list[di
     return left
 
 
-def missing_files(folder: str, names: Sequence[str]) -> list[str]:
-    """Those of ``names`` that are not in ``folder``.
-
-    Folders are listed, and not asked for each file: on network storage that is seconds for COCO, and not minutes.
-    """
-    there: dict[str, set[str]] = {}
-    for parent in {name.rpartition('/')[0] for name in names}:
-        try:
-            with os.scandir(Path(folder, parent)) as entries:
-                there[parent] = {entry.name for entry in entries}
-        except OSError:
-            there[parent] = set()
-    split = ((name, *name.rpartition('/')) for name in names)
-    return [name for name, parent, _, base in split if base not in there[parent]]
-
-
 def _check_metrics(
-    cfg: Config, split: str, source: _Source, files: dict[str, dict], ordered: list[str], images: dict
+    split: _Split, read: list[_Source], files: dict[str, dict], ordered: list[str], images: dict[str, dict]
 ) -> list[str]:
-    """Check CocoMetric's annotation file against the classes and images of the data set whose predictions it gets."""
+    """Check CocoMetric's annotation file against the classes and images of the data sets whose predictions it gets."""
     notes = []
-    for place, node in find_dicts(cfg.get(f'{split}_evaluator') or {}, f'{split}_evaluator'):
-        with METRICS.switch_scope_and_registry(cfg.get('default_scope', 'mmengine')) as registry:
+    evaluator = split.cfg.get(f'{split.name}_evaluator') or {}
+    for place, node in find_dicts(evaluator, f'{split.name}_evaluator'):
+        with METRICS.switch_scope_and_registry(split.cfg.get('default_scope', 'mmengine')) as registry:
             kind = find_type(node['type'], registry) if 'type' in node else None
         coco = _loaded('mmdet.evaluation.metrics.coco_metric', 'CocoMetric')  # after its name was looked up
         path = node.get('ann_file')
@@ -260,15 +361,63 @@ def _check_metrics(
             continue
         if kind.compute_metrics is not coco.compute_metrics or '://' in path or node.get('backend_args') is not None:
             continue
+        given, alone = _given_to(split, evaluator, place, read)
+        if not given:
+            continue
         only_writes = node.get('format_only', False)
         data = _read(path, files, not only_writes)
-        categories = _chosen(source, data, path, ordered)
-        notes += _check_same_images(data, path, place, source, images)
+        categories = _chosen(given[0], data, path, ordered)
+        if alone:
+            notes += _check_same_images(data, path, place, given[0], images[given[0].place])
+        else:
+            _check_joined_images(data, path, place, given, images)
         if not only_writes:
             metric = node.get('metric', 'bbox')
             masks = 'segm' in ([metric] if isinstance(metric, str) else metric)
             notes += check_evaluation(data, path, categories, place, masks)
     return notes
+
+
+def _given_to(split: _Split, evaluator: Any, place: str, read: list[_Source]) -> tuple[list[_Source], bool]:
+    """The data sets whose predictions the metric at ``place`` is computed from, none where that is not known.
+
+    MMEngine's Evaluator gives each metric all of them, MMDetection's MultiDatasetsEvaluator those of one data set.
+
+    Returns:
+        The data sets of COCO format, and whether it is a single one, and none that was not read.
+    """
+    everything = read, split.whole and len(split.sources) == len(read) == 1
+    if not isinstance(evaluator, dict) or 'metrics' not in evaluator:
+        return everything
+    with EVALUATOR.switch_scope_and_registry(split.cfg.get('default_scope', 'mmengine')) as registry:
+        kind = find_type(evaluator.get('type', 'Evaluator'), registry)
+    name = getattr(kind, '__name__', None)
+    if name == 'Evaluator':
+        return everything
+    number = place.removeprefix(f'{split.name}_evaluator.metrics.')
+    if name != 'MultiDatasetsEvaluator' or not number.isdecimal():
+        return [], False
+    return [source for source in read if source.place == f'{split.place}.datasets.{number}'], True
+
+
+def _check_joined_images(data: dict, path: str, place: str, sources: list[_Source], images: dict[str, dict]) -> None:
+    """Check a file that joins those of several data sets. Names of images may have got folders in it."""
+    own = {image['id'] for image in data['images']}
+    first: dict = {}
+    for source in sources:
+        for number, name in images[source.place].items():
+            if number not in own:
+                raise DataError(
+                    f'{place}.ann_file {path} does not have image {number!r} ({name}) of {source.place}, whose '
+                    'predictions it is compared with; give a file of all images, or a metric to each data set '
+                    "(type='MultiDatasetsEvaluator')."
+                )
+            other = first.setdefault(number, source)
+            if other is not source and other.dataset.ann_file != source.dataset.ann_file:
+                raise DataError(
+                    f'{other.place} and {source.place} both have an image {number!r}, and {place} would take their '
+                    "predictions for those of one image; give each data set its metric (type='MultiDatasetsEvaluator')."
+                )
 
 
 def _check_same_images(data: dict, path: str, place: str, source: _Source, images: dict) -> list[str]:
@@ -289,12 +438,50 @@ def _check_same_images(data: dict, path: str, place: str, source: _Source, image
     return [f'{fewer} (indices): the objects of the others count as missed, and {place} measures too little.']
 
 
+def _check_voc_split(split: _Split) -> list[str]:
+    base = _loaded('mmdet.datasets.xml_style', 'XMLDataset')
+    labelled = [source for source in split.sources if source.annotated or split.name != 'train']
+    names = ('load_data_list', 'parse_data_info', '_parse_instance_info')
+    read = [
+        source
+        for source in labelled
+        if base is not None
+        and isinstance(source.dataset, base)
+        and all(getattr(type(source.dataset), name) is getattr(base, name) for name in names)
+    ]
+    sets = {source.place: source.dataset for source in read}
+    default = next((type(source.dataset).__name__ for source in read if not source.named), None)
+    whole = split.whole and len(read) == len(labelled)
+    return check_voc(sets, default, whole, split.name == 'train') if sets else []
+
+
+def _check_batches(split: _Split) -> None:
+    """Check that a training that leaves out the last batch, if it is not full, has another one."""
+    loader, total = split.loader, split.total()
+    batches = loader.get('batch_sampler') or {}
+    keys = {'drop_last': loader.get('drop_last', False), 'batch_sampler.drop_last': batches.get('drop_last', False)}
+    key = next((key for key, value in keys.items() if value is True), None)
+    size, sampler = loader.get('batch_size'), (loader.get('sampler') or {}).get('type')
+    if total is None or key is None or not isinstance(size, int) or str(sampler).rpartition('.')[2] != 'DefaultSampler':
+        return
+    ranks = int(os.environ.get('WORLD_SIZE', 1)) if split.cfg.get('launcher') == 'pytorch' else 1
+    if -(-total // ranks) < size:
+        place = f'{split.name}_dataloader'
+        among = f', {-(-total // ranks)} for each of {ranks} processes' if ranks > 1 else ''
+        raise DataError(
+            f'{place} has no batch: its data set has {total} images{among}, fewer than {place}.batch_size={size}, and '
+            f'{place}.{key}=True leaves out a batch that is not full; lower batch_size, or set it to False.'
+        )
+
+
 def _check_folders(sources: list[_Source]) -> None:
     """Check MMPretrain's data sets whose classes are folders, sorted by name, or whose labels are in a text file."""
     base = _loaded('mmpretrain.datasets.custom', 'CustomDataset')
     first: tuple[_Source, list[str]] | None = None
     for source in sources:
         dataset = source.dataset
+        if base is None or not isinstance(dataset, base):
+            continue
         if type(dataset).load_data_list is not base.load_data_list or not dataset.with_label:
             continue
         if dataset.ann_file:

@@ -1,6 +1,7 @@
 """mmubn.cli.messages: what is said of another library's error, in one line."""
 
 import errno
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -23,8 +24,10 @@ def message_of(function, *arguments):
 
 @MODELS.register_module()
 class PartOfAModel(nn.Module):
-    def __init__(self, depth=3, part=None):
+    def __init__(self, depth=3, part=None, width=1):
         super().__init__()
+        if width > 1:
+            MODELS.build(dict(type=nn.Linear, in_features=1, out_features=width))
         if part is not None:
             MODELS.build(dict(part, depth=part.get('depth', 4)))  # as detectors do
         if depth > 9:
@@ -90,6 +93,45 @@ class TestConfigs:
         cfg = Config(dict(train_dataloader=loader))
         expected = 'train_dataloader.batchsize: DataLoader has no such argument; did you mean batch_size?'
         assert message_of(lambda cfg: Runner.build_dataloader(cfg.train_dataloader), cfg) == expected
+
+    def test_a_value_that_is_no_integer(self):
+        """The class builds a part of its own, which the config does not have; torch lists its signatures."""
+        cfg = Config(dict(model=dict(type='PartOfAModel', width=8.0)))
+        text = message_of(lambda cfg: MODELS.build(cfg.model), cfg)
+        assert text.startswith('model (PartOfAModel): model.width=8.0 must be an integer; TypeError: empty() received')
+        assert 'tuple of names' not in text
+
+    @pytest.mark.parametrize(
+        ('place', 'key', 'value', 'least'),
+        [
+            ('train_cfg', 'val_interval', 0, 1),
+            ('train_cfg', 'max_epochs', 'two', 1),
+            ('val_dataloader', 'batch_size', 'two', 1),
+            ('train_dataloader', 'num_workers', -1, 0),
+        ],
+    )
+    def test_a_number_of_the_run(self, place, key, value, least):
+        def main(cfg):
+            return 3 % 0 if value == 0 else int('two')
+
+        expected = f'{place}.{key} must be a whole number of at least {least}, got {value!r} ('
+        assert message_of(main, Config({place: {key: value}})).startswith(expected)
+
+    def test_numbers_that_are_right(self):
+        cfg = Config(dict(train_cfg=dict(max_iters=1e3, val_interval=1), train_dataloader=dict(num_workers=0)))
+        assert message_of(lambda cfg: int('two'), cfg).startswith('ValueError: invalid literal')
+
+    @pytest.mark.parametrize('value', ['https://host.invalid/x.pth', 'torchvision://x'])
+    def test_a_download(self, value):
+        def fetch(name, url):
+            raise URLError(OSError(-2, 'Name or service not known'))
+
+        cfg = Config(dict(model=dict(init_cfg=dict(checkpoint=value))))
+        key = 'model.init_cfg.checkpoint'
+        assert message_of(lambda cfg: fetch(value, 'https://host.invalid/x.pth'), cfg) == (
+            f'{key}: cannot download https://host.invalid/x.pth: Name or service not known; check the network, or '
+            f'download it by hand and give {key} the path of the file.'
+        )
 
     def test_the_words_of_stock_mmengine(self):
         """It raises the error anew for each class that it was building (0.10.7)."""

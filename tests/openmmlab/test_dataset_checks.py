@@ -6,91 +6,19 @@ import re
 from types import SimpleNamespace
 
 import pytest
+from data_sets import CLASSES, RLE, check, detection_data, error_of, name_classes
 from mmengine.config import Config
 from PIL import Image
 
 from mmubn.openmmlab.annotation_checks import read_annotations
-from mmubn.openmmlab.dataset_checks import check_data, missing_files
+from mmubn.openmmlab.dataset_checks import check_data
 from mmubn.openmmlab.errors import ConfigError, DataError
-
-CLASSES = ('cat', 'dog', 'traffic light')
-RLE = {'size': [48, 64], 'counts': [0, 48 * 64]}
-POLYGON = [[4, 4, 20, 4, 20, 20]]
-
-
-def annotation(number, **changes):
-    return (
-        dict(
-            id=number,
-            image_id=1 + number % 3,
-            category_id=10 * (1 + number % len(CLASSES)),
-            bbox=[4, 4, 16, 16],
-            area=128,
-            iscrowd=0,
-            segmentation=RLE if number % 2 else POLYGON,
-        )
-        | changes
-    )
-
-
-def coco(split):
-    return dict(
-        images=[dict(id=i, file_name=f'{split}{i}.jpg', width=64, height=48) for i in (1, 2, 3)],
-        categories=[dict(id=10 * i, name=name) for i, name in enumerate(CLASSES, start=1)],
-        annotations=[annotation(number) for number in range(1, 7)],
-    )
+from mmubn.openmmlab.local_files import missing_files
 
 
 @pytest.fixture
 def detection(tmp_path):
-    """A data set of COCO format and its config; ``write`` puts its files into the folder."""
-    data = SimpleNamespace(folder=tmp_path, train=coco('train'), val=coco('val'))
-    options = dict(type='CocoDataset', data_root=str(tmp_path), metainfo=dict(classes=CLASSES))
-    load = [dict(type='LoadAnnotations', with_mask=True)]
-    sets = {
-        split: dict(options, ann_file=f'{split}.json', data_prefix=dict(img=f'{split}/'), pipeline=load)
-        for split in ('train', 'val')
-    }
-    sets['train']['filter_cfg'] = dict(filter_empty_gt=True, min_size=32)
-    sets['val']['test_mode'] = True
-    data.cfg = Config(
-        dict(
-            default_scope='mmdet',
-            model=dict(type='MaskRCNN'),
-            train_dataloader=dict(dataset=sets['train']),
-            val_dataloader=dict(dataset=sets['val']),
-            val_evaluator=dict(type='CocoMetric', ann_file=str(tmp_path / 'val.json'), metric=['bbox', 'segm']),
-        )
-    )
-
-    def write():
-        for split in ('train', 'val'):
-            (tmp_path / split).mkdir()
-            content = getattr(data, split)
-            (tmp_path / f'{split}.json').write_text(content if isinstance(content, str) else json.dumps(content))
-            for i in (1, 2, 3):
-                (tmp_path / split / f'{split}{i}.jpg').touch()
-
-    data.write = write
-    return data
-
-
-def check(data):
-    data.write()
-    return check_data(data.cfg, ('train', 'val'))
-
-
-def error_of(data):
-    with pytest.raises(DataError) as caught:
-        check(data)
-    message = str(caught.value)
-    assert '\n' not in message
-    return message
-
-
-def name_classes(data, *classes):
-    for split in ('train', 'val'):
-        data.cfg[f'{split}_dataloader'].dataset.metainfo = dict(classes=classes)
+    return detection_data(tmp_path)
 
 
 def test_a_good_set(detection):
@@ -313,7 +241,7 @@ class TestAnnotations:
         detection.cfg.val_evaluator.format_only = True
         assert check(detection) == []
 
-    @pytest.mark.parametrize('changes', [dict(bbox=[0.1, 0.1, 0.2, 0.2]), dict(image_id='1'), dict(area=0)])
+    @pytest.mark.parametrize('changes', [dict(bbox=[0.1, 0.1, 0.2, 0.2]), dict(image_id=99), dict(area=0)])
     def test_none_left(self, detection, changes):
         for each in detection.train['annotations']:
             each.update(changes)
@@ -389,6 +317,26 @@ class TestImages:
         detection.cfg.val_dataloader.dataset.indices = 2
         (line,) = check(detection)
         assert 'has 3 images, and val_dataloader.dataset reads 2 of them (indices)' in line
+
+
+class TestReferences:
+    @pytest.mark.parametrize('split', ['train', 'val'])
+    @pytest.mark.parametrize(('key', 'name'), [('image_id', 'images'), ('category_id', 'categories')])
+    def test_text_instead_of_numbers(self, detection, split, key, name):
+        each = getattr(detection, split)['annotations'][1]
+        value = each[key]
+        each[key] = str(value)
+        expected = f"{split}.json: annotation 2 has the {key} '{value}', and {name} have the id {value}, which is not"
+        assert expected in error_of(detection)
+
+    def test_numbers_instead_of_text(self, detection):
+        for each in detection.val['images']:
+            each['id'] = str(each['id'])
+        assert "has the image_id 2, and images have the id '2'" in error_of(detection)
+
+    def test_no_number(self, detection):
+        detection.train['annotations'][0]['image_id'] = [1]
+        assert 'annotation 1 has the image_id [1]; expected a number' in error_of(detection)
 
 
 @pytest.mark.parametrize('changes', [dict(data_root='s3://bucket/'), dict(backend_args=dict(backend='petrel'))])

@@ -77,3 +77,73 @@ def test_classes_in_another_order_than_the_checkpoint(own, checkpoint, tmp_path)
     assert warning in result.stdout
     (log,) = (tmp_path / 'run').glob('*/*.log')
     assert warning in log.read_text()
+
+
+@pytest.fixture
+def voc(digits, tmp_path):
+    """A config of data in PASCAL VOC's format, made of the digits."""
+    content = json.loads((digits / 'annotations' / 'instances_train2017.json').read_text())
+    names = {category['id']: category['name'] for category in content['categories']}
+    shutil.copytree(digits / 'train2017', tmp_path / 'JPEGImages')
+    (tmp_path / 'Annotations').mkdir()
+    for image in content['images']:
+        stem = image['file_name'].removesuffix('.png')
+        (tmp_path / 'JPEGImages' / image['file_name']).rename(tmp_path / 'JPEGImages' / f'{stem}.jpg')
+        objects = ''
+        for each in content['annotations']:
+            if each['image_id'] == image['id']:
+                x, y, width, height = map(int, each['bbox'])
+                box = dict(xmin=x + 1, ymin=y + 1, xmax=x + width, ymax=y + height)
+                box = ''.join(f'<{side}>{value}</{side}>' for side, value in box.items())
+                objects += f'<object><name>{names[each["category_id"]]}</name><bndbox>{box}</bndbox></object>'
+        size = f'<size><width>{image["width"]}</width><height>{image["height"]}</height></size>'
+        (tmp_path / 'Annotations' / f'{stem}.xml').write_text(f'<annotation>{size}{objects}</annotation>')
+    stems = [image['file_name'].removesuffix('.png') for image in content['images']]
+    (tmp_path / 'all.txt').write_text('\n'.join(stems))
+    config = tmp_path / 'voc.py'
+    config.write_text(
+        f"""_base_ = '{CONFIG}'
+train = dict(
+    _delete_=True,
+    type='XMLDataset',
+    data_root='{tmp_path}/',
+    ann_file='all.txt',
+    data_prefix=dict(sub_data_root=''),
+    metainfo=dict(classes=tuple('0123456789')),
+    filter_cfg=dict(filter_empty_gt=True),
+    pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True), dict(type='PackDetInputs')],
+)
+train_dataloader = dict(num_workers=0, persistent_workers=False, dataset=train)
+val_dataloader = val_cfg = val_evaluator = test_dataloader = test_cfg = test_evaluator = None
+"""
+    )
+    return config
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (
+            ['dataset.metainfo.classes=[0a,0b]'],
+            "dataset.metainfo.classes names '0a', '0b', and no object",
+        ),
+        (['dataset.filter_cfg.min_size=999'], "no images are left of it (ann_file='{folder}/all.txt', filter_cfg={{'"),
+        (['dataset.indices=0'], 'indices=0): '),
+        (
+            ['drop_last=True', 'batch_sampler=None', 'batch_size=64'],
+            'train_dataloader has no batch: its data set has 8 images',
+        ),
+    ],
+    ids=['names', 'filtered', 'indices', 'batches'],
+)
+def test_no_images_to_train_on(voc, tmp_path, monkeypatch, capsys, options, message):
+    arguments = ['--work-dir', tmp_path / 'run', '--cfg-options', *(f'train_dataloader.{each}' for each in options)]
+    assert call(monkeypatch, 'train.py', voc, *arguments) != 0
+    assert message.format(folder=tmp_path) in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_no_batch_without_schedulers(voc, tmp_path, monkeypatch, capsys):
+    options = [f'train_dataloader.{each}' for each in ('drop_last=True', 'batch_sampler=None', 'batch_size=64')]
+    arguments = ['--work-dir', tmp_path / 'run', '--cfg-options', *options, 'param_scheduler=None']
+    assert call(monkeypatch, 'train.py', voc, *arguments) == 2
+    assert 'train_dataloader has no batch: its data set has 8 images' in capsys.readouterr().err.splitlines()[-1]

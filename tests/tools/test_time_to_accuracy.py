@@ -110,7 +110,10 @@ def test_runs_that_cannot_be_compared_are_named_before_anything_is_written(bn, u
     status, _, text, output = compare('--reference', *bn, '--runs', detector, untested, *ubn)
     assert (status, text) == (2, '')
     assert output.err.count('\n') == 1
-    assert 'detector has no validation with top1 in all its logs; logged are: coco/bbox_mAP; choose one by --metric.' in output.err
+    assert (
+        'detector has no validation with top1 in all its logs; logged are: coco/bbox_mAP; choose one by --metric.'
+        in output.err
+    )
     assert 'untested has no validation with top1 in all its logs; no metric is logged yet.' in output.err
 
 

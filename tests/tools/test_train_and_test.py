@@ -276,8 +276,9 @@ class TestBadInput:
                 ['annotations/instances_train2017.json'],
             ),
             ([CONFIG, '--resume', 'gone.pth'], ['gone.pth does not exist']),
+            ([CONFIG, '--cfg-options', 'train_cfg.max_epochs=0'], ['train_cfg.max_epochs is 0: expected at least 1']),
         ],
-        ids=['config', 'data', 'coco', 'resume'],
+        ids=['config', 'data', 'coco', 'resume', 'nothing to train'],
     )
     def test_training_ends_in_one_line(self, arguments, messages):
         result = tool('train.py', *arguments)

@@ -9,11 +9,20 @@ from typing import Any
 import mmcv
 from mmengine.dataset import BaseDataset
 from mmengine.hooks import Hook
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner
+from torch.utils.data import DataLoader
 
 from mmubn.openmmlab.errors import DataError
 
-__all__ = ['SampleErrorsHook']
+__all__ = ['SampleErrorsHook', 'no_batch']
+
+
+def no_batch(loader: DataLoader) -> str:
+    """What is wrong with the training data loader, if it has no batch."""
+    return (
+        f'train_dataloader has no batch: its data set has {len(loader.dataset)} images, and drop_last=True leaves out '
+        'a batch that is not full; lower train_dataloader.batch_size, or set drop_last=False.'
+    )
 
 
 class SampleErrorsHook(Hook):
@@ -25,6 +34,8 @@ class SampleErrorsHook(Hook):
     """
 
     def before_train(self, runner: Runner) -> None:
+        if isinstance(runner.train_loop, EpochBasedTrainLoop) and len(runner.train_dataloader) == 0:
+            raise DataError(no_batch(runner.train_dataloader))
         _watch(runner.train_dataloader.dataset)
 
     def before_val(self, runner: Runner) -> None:

@@ -40,7 +40,7 @@ def images(folder, *pipeline):
 
 def watched(dataset, event='before_train'):
     loader = SimpleNamespace(dataset=dataset)
-    runner = SimpleNamespace(train_dataloader=loader, val_dataloader=loader, test_dataloader=loader)
+    runner = SimpleNamespace(train_loop=None, train_dataloader=loader, val_dataloader=loader, test_dataloader=loader)
     getattr(SampleErrorsHook(), event)(runner)
     return dataset
 
