@@ -101,8 +101,14 @@ LAYERS = {
 _compiled = set()
 
 
-# A compilation takes a second: each dtype and layout on one of the architectures, the rest with the slow tests.
-SLOW = {'k7': (80, 90), 'nchw fp16': (90,), 'channels_last fp16': (90,), 'nchw fp32': (80,)}
+# A compilation takes a second: here each dtype and each layout on some architecture, the rest with the slow tests.
+SLOW = {
+    'k7': (80, 90),
+    'nchw fp16': (80, 90),
+    'channels_last fp16': (90,),
+    'nchw fp32': (80,),
+    'channels_last fp32': (90,),
+}
 COMPILATIONS = [
     pytest.param(name, architecture, marks=[pytest.mark.slow] * (architecture in SLOW.get(name, ())))
     for architecture in (90, 80)

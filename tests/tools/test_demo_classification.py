@@ -14,6 +14,7 @@ from PIL import Image
 SCRIPT = ROOT / 'tools' / 'demo_classification.py'
 
 
+@pytest.mark.slow
 def test_from_digits_to_table_and_plot(tmp_path):
     """Both norms are trained, from one seed and on the same digits, and the table tells what they logged."""
     arguments = ['--seeds', '3', '--epochs', '1', '--train-per-class', '8']

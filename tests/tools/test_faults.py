@@ -192,6 +192,7 @@ class TestResumption:
     def test_every_kind_of_run(self, tmp_path):
         alone(resume_every_kind_of_run, tmp_path)
 
+    @pytest.mark.slow
     def test_a_detector(self, flipped, options, tmp_path):
         options = [*options, 'train_dataloader.num_workers=1', 'train_dataloader.persistent_workers=True']
         whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'

@@ -100,7 +100,7 @@ class TestOneProcess:
     @pytest.mark.parametrize(
         'config',
         [
-            'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
+            pytest.param('mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', marks=pytest.mark.slow),
             'configs/faster_rcnn/faster-rcnn_r50_fpn_ubn-backbone-gated_1x_coco.py',
         ],
         ids=['stock', 'ours'],

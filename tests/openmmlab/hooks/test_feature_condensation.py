@@ -469,7 +469,7 @@ def classifier():
 @pytest.mark.parametrize(
     ('config', 'data', 'calls'),
     [
-        (mask_rcnn, Boxes(), {'backbone': 1, 'roi_head': 1}),
+        pytest.param(mask_rcnn, Boxes(), {'backbone': 1, 'roi_head': 1}, marks=pytest.mark.slow),
         (fcos, Boxes(), {'backbone': 1, 'bbox_head': 5}),
         (classifier, Labels(), {'backbone': 1}),
     ],
