@@ -121,7 +121,17 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(('name', 'training', 'traits'), sorted(set(CASES), key=str))
+# In evaluation the types with a replay of their own; UBN's options with the slow tests.
+EVALUATED = {'UBN', 'UBN k1', 'SyncUBN', 'BNET', 'UnitizedBN'}
+
+
+@pytest.mark.parametrize(
+    ('name', 'training', 'traits'),
+    [
+        pytest.param(*case, marks=[] if case[1] or case[0] in EVALUATED else [pytest.mark.slow])
+        for case in sorted(set(CASES), key=str)
+    ],
+)
 def test_it_is_the_step(name, training, traits, without, replays):
     norm, options = NORMS[name]
     layer = randomize(norm(SHAPE[1], **options)).train(training)
