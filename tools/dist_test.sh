@@ -13,13 +13,6 @@ CONFIG=$1
 CHECKPOINT=$2
 GPUS=$3
 
-if [ "${NNODES:-1}" = 1 ] && [ -z "${PORT:-}" ]; then
-    MEETING=(--standalone --local_addr=127.0.0.1)
-else
-    MEETING=(--nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}")
-    MEETING+=(--master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${PORT:-29500}")
-fi
-
 TOOLS=$(dirname "$0")
-exec python "$TOOLS/../mmubn/cli/launch.py" "${MEETING[@]}" --nproc_per_node="$GPUS" \
-    "$TOOLS/test.py" "$CONFIG" "$CHECKPOINT" --launcher pytorch "${@:4}"
+. "$TOOLS/launch.sh"
+launch "$GPUS" "$TOOLS/test.py" "$CONFIG" "$CHECKPOINT" --launcher pytorch "${@:4}"

@@ -12,13 +12,6 @@ fi
 CONFIG=$1
 GPUS=$2
 
-if [ "${NNODES:-1}" = 1 ] && [ -z "${PORT:-}" ]; then
-    MEETING=(--standalone --local_addr=127.0.0.1)
-else
-    MEETING=(--nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}")
-    MEETING+=(--master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${PORT:-29500}")
-fi
-
 TOOLS=$(dirname "$0")
-exec python "$TOOLS/../mmubn/cli/launch.py" "${MEETING[@]}" --nproc_per_node="$GPUS" \
-    "$TOOLS/train.py" "$CONFIG" --launcher pytorch "${@:3}"
+. "$TOOLS/launch.sh"
+launch "$GPUS" "$TOOLS/train.py" "$CONFIG" --launcher pytorch "${@:3}"
