@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,11 @@ class Curve:
     @property
     def last(self) -> dict[int, float]:
         return dict(zip(self.seeds, self.values[:, -1], strict=True))
+
+    def until(self, epoch: int) -> Curve:
+        """The same runs, as they were after an epoch."""
+        number = self.epochs.index(epoch) + 1
+        return replace(self, epochs=self.epochs[:number], values=self.values[:, :number])
 
 
 def read_curves(sweep: Sweep, work_dir: Path) -> dict[str, dict[str, Curve]]:
@@ -123,6 +128,8 @@ def summarize(sweep: Sweep, curves: dict[str, dict[str, Curve]]) -> str:
             cells += [compared(curve, baseline, digits) if label != sweep.baseline else ''] if baseline else []
             lines.append(f'| {" | ".join(cells)} |')
         lines += ['', *course(metric, by_label), '']
+        if baseline:
+            lines += [*differences(metric, by_label, sweep.baseline), '']
     if missing:
         lines += [f'Nothing yet of: {", ".join(missing)}.', '']
     return '\n'.join(lines)
@@ -131,8 +138,7 @@ def summarize(sweep: Sweep, curves: dict[str, dict[str, Curve]]) -> str:
 def course(metric: str, by_label: dict[str, Curve]) -> list[str]:
     """Write mean and standard deviation after at most ten epochs, from the first to the last, as a Markdown table."""
     unit, digits = _unit_and_digits(metric, by_label)
-    epochs = sorted(set.intersection(*(set(curve.epochs) for curve in by_label.values())))
-    shown = [epochs[i] for i in np.linspace(0, len(epochs) - 1, min(10, len(epochs))).round().astype(int)]
+    shown = _shown_epochs(by_label)
     header = [f'{metric}{unit} after {_step(by_label)}', *map(str, shown)]
     lines = [f'| {" | ".join(header)} |', f'|{"---|" * len(header)}']
     for label, curve in by_label.items():
@@ -142,6 +148,25 @@ def course(metric: str, by_label: dict[str, Curve]) -> list[str]:
             cells = [f'{cell} ± {std:.{digits - 1}f}' for cell, std in zip(cells, values.std(0, ddof=1), strict=True)]
         lines.append(f'| {" | ".join([label, *cells])} |')
     return lines
+
+
+def differences(metric: str, by_label: dict[str, Curve], baseline: str) -> list[str]:
+    """Write the differences from the baseline after the epochs of :func:`course`, the good ones and the bad ones."""
+    unit, digits = _unit_and_digits(metric, by_label)
+    shown = _shown_epochs(by_label)
+    header = [f'{metric}{unit}, difference from {baseline} after {_step(by_label)}', *map(str, shown)]
+    lines = [f'| {" | ".join(header)} |', f'|{"---|" * len(header)}']
+    for label, curve in by_label.items():
+        if label != baseline:
+            cells = [compared(curve.until(epoch), by_label[baseline].until(epoch), digits - 1) for epoch in shown]
+            lines.append(f'| {" | ".join([label, *(cell.partition(":")[0] for cell in cells)])} |')
+    return lines
+
+
+def _shown_epochs(by_label: dict[str, Curve]) -> list[int]:
+    """Return at most ten epochs that all curves have, from the first to the last."""
+    epochs = sorted(set.intersection(*(set(curve.epochs) for curve in by_label.values())))
+    return [epochs[i] for i in np.linspace(0, len(epochs) - 1, min(10, len(epochs))).round().astype(int)]
 
 
 def _unit_and_digits(metric: str, by_label: dict[str, Curve]) -> tuple[str, int]:
@@ -157,6 +182,8 @@ def _step(by_label: dict[str, Curve]) -> str:
 def compared(curve: Curve, baseline: Curve, digits: int) -> str:
     if (interval := difference(curve, baseline)) is None:
         return ''
+    if curve.seeds == baseline.seeds and np.array_equal(curve.values, baseline.values):
+        return 'identical'  # runs, to the last bit: an interval would be of nothing
     mean, low, high = interval
     verdict = 'higher' if low > 0 else 'lower' if high < 0 else 'not told apart'
     return f'{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]: {verdict}'

@@ -5,7 +5,7 @@ import pytest
 from run_logs import training, validation, write_log
 from scipy import stats
 
-from mmubn.analysis.comparison import Curve, difference, read_curves, summarize
+from mmubn.analysis.comparison import Curve, compared, difference, differences, read_curves, summarize
 from mmubn.analysis.sweeps import RUN_DONE, Sweep, SweepRun
 from mmubn.cli import UsageError
 
@@ -24,6 +24,24 @@ def test_the_interval_is_that_of_a_paired_t_test():
     d = b.values[:2, 1] - a.values[2:, 1]
     assert difference(shifted, a)[0] == pytest.approx(d.mean())
     assert difference(Curve([9], [1], b.values[:1, :1]), a) is None
+
+
+def test_runs_that_are_the_same_have_no_interval():
+    values = np.array([[1.0, 5.0], [2.0, 7.0]])
+    baseline = Curve([0, 1], [1, 2], values)
+    assert compared(Curve([0, 1], [1, 2], values.copy()), baseline, 2) == 'identical'
+    # The same at the end, but not on the way: runs of their own, that is.
+    assert compared(Curve([0, 1], [1, 2], values - [1, 0]), baseline, 2) == '+0.00 [+0.00, +0.00]: not told apart'
+    assert compared(Curve([2, 3], [1, 2], values), baseline, 2) == ''
+
+
+def test_differences_are_of_every_epoch():
+    baseline = Curve([0, 1], [1, 2], np.array([[1.0, 5.0], [2.0, 7.0]]))
+    other = Curve([0, 1], [1, 2], np.array([[1.0, 6.0], [2.0, 9.0]]))
+    header, _, row = differences('top1', {'BN': baseline, 'UBN': other}, 'BN')
+    assert header.split('|')[2:-1] == [' 1 ', ' 2 ']
+    half = stats.t.ppf(0.975, 1) * np.std([1, 2], ddof=1) / 2**0.5
+    assert row == f'| UBN | identical | +1.5 [{1.5 - half:+.1f}, {1.5 + half:+.1f}] |'
 
 
 def sweep_of(tmp_path, metric, *tags_and_values):
