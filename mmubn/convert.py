@@ -29,6 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from mmubn.checkpoints import Target, find_layout
 from mmubn.checkpoints.conversion import read_norm, write_norm
 from mmubn.layers import NORMS, UBN, SyncUBN, UnifiedNorm
+from mmubn.layers.released_names import watch_parent
 
 __all__ = ['Conversion', 'Where', 'convert_norms']
 
@@ -209,6 +210,7 @@ class Conversion:
             for name, child in module._modules.items():
                 if child is not None and child in new_of:
                     module._modules[name] = new_of[child]  # not by setattr: it refuses to replace a norm of ours
+                    watch_parent(module, name, new_of[child])
         return new_of.get(self._model, self._model)
 
 

@@ -32,3 +32,8 @@ def batch(shape=(4, 3, 6, 5), seed=0, shared=0.0, dtype=torch.float32):
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     pattern = torch.randn(shape[1:], generator=generator, dtype=torch.float64)
     return (x + shared * pattern).to(dtype)
+
+
+def is_third_norm(path):
+    """Whether a config has a norm of ours in the third place of each bottleneck alone, as its name then says."""
+    return 'bnet3' in path.stem or 'ubn3' in path.stem

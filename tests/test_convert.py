@@ -790,3 +790,11 @@ def test_the_page():
         backbone = registry.build(cfg.model.backbone)
     assert {type(norm) for name, norm in backbone.named_modules() if name.endswith('.bn3')} == {BNET}
     assert len(norms(backbone, BNET)) == 16
+
+
+def test_the_block_of_the_readme():
+    page = (Path(__file__).parents[1] / 'README.md').read_text()
+    (block,) = re.findall(r'test_the_block_of_the_readme -->\n```python\n(.*?)```', page, re.DOTALL)
+    names = {}
+    exec(block, names)
+    assert len(norms(names['model'], UBN)) == 53

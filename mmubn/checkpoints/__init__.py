@@ -1,6 +1,7 @@
 """State-dict layouts of norm layers, in and out. Needs torch alone.
 
 - :mod:`~mmubn.checkpoints.layouts`: the table of layouts.
+- :mod:`~mmubn.checkpoints.names`: layers that BNET's networks name otherwise.
 - :mod:`~mmubn.checkpoints.conversion`: one general form of a norm, from and to any layout.
 - :mod:`~mmubn.checkpoints.loading`: what ``load_state_dict`` of a layer does with entries of another layout.
 """

@@ -28,6 +28,7 @@ from mmubn.checkpoints.layouts import (
     Layout,
     find_layout,
 )
+from mmubn.checkpoints.names import with_own_names
 from mmubn.functional import depthwise_kernel
 
 __all__ = ['Norm', 'Target', 'convert_state_dict', 'read_norm', 'write_norm']
@@ -67,6 +68,8 @@ class Target(NamedTuple):
 def convert_state_dict(state_dict: Mapping, to: str, calibrate_bias: bool = False) -> tuple[OrderedDict, Counter[str]]:
     """A state dict in which every norm layer with running statistics has the layout ``to``; the rest as it is.
 
+    A layer that has the name of BNET's networks, ``bnet3``, is ``bn3`` in the result, unless that is of their layout.
+
     Args:
         state_dict: Not modified; tensors that do not change are shared with it.
         to: A key of ``LAYOUTS``.
@@ -81,6 +84,7 @@ def convert_state_dict(state_dict: Mapping, to: str, calibrate_bias: bool = Fals
     layout = LAYOUTS[to]
     names = {layout.names.get(key, key): key for key in (*layout.keys, *itertools.chain(*layout.options))}
     calibrates = calibrate_bias if layout.calibrates_bias is None else layout.calibrates_bias
+    state_dict = state_dict if to == 'bnet-released' else with_own_names(state_dict)
     layers: dict[str, dict[str, Tensor]] = {}
     owner: dict[str, str] = {}  # key -> prefix of its layer
     counts: Counter[str] = Counter()
@@ -103,7 +107,7 @@ def convert_state_dict(state_dict: Mapping, to: str, calibrate_bias: bool = Fals
     for key, value in state_dict.items():
         converted.update(layers[owner[key]] if key in owner else {key: value})
     if hasattr(state_dict, '_metadata'):
-        converted._metadata = state_dict._metadata  # type: ignore[attr-defined] # as state_dict() of a module has it
+        converted._metadata = state_dict._metadata  # type: ignore[attr-defined, union-attr] # as state_dict() of a module has it
     return converted, counts
 
 

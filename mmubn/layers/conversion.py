@@ -9,6 +9,7 @@ from torch import nn
 
 from mmubn.checkpoints import CheckpointError
 from mmubn.layers.loading import convert_entries
+from mmubn.layers.released_names import read_released_names
 from mmubn.layers.unified_norm import UnifiedNorm
 
 __all__ = ['convert_state_dict']
@@ -40,13 +41,16 @@ def convert_state_dict(model: nn.Module, state_dict: Mapping) -> OrderedDict:
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, UnifiedNorm)
     }
-    if layers and not any(key.startswith(tuple(layers)) for key in state_dict):
+    converted = OrderedDict(state_dict)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if any(isinstance(child, UnifiedNorm) for child in module._modules.values()):
+            read_released_names(module, converted, f'{name}.' if name else '')
+    if layers and not any(key.startswith(tuple(layers)) for key in converted):
         raise CheckpointError(
             f'no norm of this {type(model).__name__} has an entry in the state dict: its keys start with '
             f'{next(iter(state_dict), "nothing")!r}, those of the norms with {next(iter(layers))!r}; give the '
             'model that the keys are of, or change the prefix of the keys.'
         )
-    converted = OrderedDict(state_dict)
     for prefix, layer in layers.items():
         convert_entries(layer, converted, prefix)
     if hasattr(state_dict, '_metadata'):

@@ -120,6 +120,7 @@ def find_fit(model: nn.Module, weights: Mapping[str, Tensor]) -> Fit:
             )
         except CheckpointError as error:
             refused[prefix] = str(error)
+            return
         for name, child in module._modules.items():
             if child is not None:
                 below = f'{prefix}{name}.'

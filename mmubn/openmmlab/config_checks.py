@@ -8,6 +8,9 @@ Data that do not fit the config are found by :mod:`mmubn.openmmlab.dataset_check
 
 from __future__ import annotations
 
+import re
+from types import NoneType
+
 from mmengine.config import Config
 from mmengine.model import is_model_wrapper
 from mmengine.registry import MODELS
@@ -16,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmubn.layers import NORMS, UnifiedNorm
 from mmubn.openmmlab.arguments import arguments_of, did_you_mean, registered_names
-from mmubn.openmmlab.config_types import asked_norms, find_dicts
+from mmubn.openmmlab.config_types import CONVERT_NORMS, asked_norms, find_dicts
 from mmubn.openmmlab.errors import ConfigError
 
 __all__ = [
@@ -35,7 +38,8 @@ def check_norm_types(cfg: Config) -> None:
     """Check that every norm that ``cfg.model`` names is registered; to be called before the model is built.
 
     Raises:
-        ConfigError: Names the type, its place and what may be missing; or a norm_cfg that is no dict with a type.
+        ConfigError: Names the type, its place and what may be missing; or a norm_cfg that is no dict with a type, or a
+            ``where`` of ConvertNorms that is no string.
     """
     for place, node in find_dicts(cfg.get('model') or {}):
         key = f'model.{place}.norm_cfg' if place else 'model.norm_cfg'
@@ -46,11 +50,21 @@ def check_norm_types(cfg: Config) -> None:
         if norm_cfg is not None and norm_cfg.get('type') is None:
             remedy = "add one, such as type='UBN' (a dict with _delete_=True keeps none of its base)"
             raise ConfigError(f'{key}={dict(norm_cfg)} has no type: {remedy}.')
+    for place, node in find_dicts(cfg.get('model') or {}):
+        choice = node.get('where')
+        if CONVERT_NORMS in str(node.get('type')) and not isinstance(choice, (str, NoneType)):
+            key = f'model.{place}.where' if place else 'model.where'
+            example = repr(f're:{choice.pattern}') if isinstance(choice, re.Pattern) else "'*.bn3' or 're:^layer[12]'"
+            raise ConfigError(
+                f'{key}={choice!r} must be a string, a glob or re: and a regular expression, such as {example}; what '
+                'else it may be in Python cannot be read from the copy of the config that a run leaves.'
+            )
     *others, last = (norm.__name__ for norm in NORMS)
     for asked in asked_norms(cfg):
         if asked.norm is None:
+            key = f'{asked.place}.type' if asked.key == 'norm_cfg' else asked.place
             raise ConfigError(
-                f'model.{asked.place}.type={asked.name!r} is not a registered norm; expected {", ".join(others)} or '
+                f'model.{key}={asked.name!r} is not a registered norm; expected {", ".join(others)} or '
                 f'{last}, or one of mmcv (BN, SyncBN, GN, IN){did_you_mean(asked.name, registered_names(MODELS))}; '
                 'correct the name, or add the module that registers it to custom_imports.'
             )
@@ -72,7 +86,7 @@ def check_norm_arguments(cfg: Config) -> None:
                 known = expected.names - CHANNELS
                 question = did_you_mean(key, known | {'_delete_'}) or f'; it has {", ".join(sorted(known))}.'
                 raise ConfigError(f'{what}{question}')
-        if asked.norm is nn.GroupNorm and 'num_groups' not in arguments:
+        if asked.norm is nn.GroupNorm and asked.key == 'norm_cfg' and 'num_groups' not in arguments:
             raise ConfigError(f'model.{asked.place} of type {asked.name} needs num_groups, such as num_groups=32.')
         if asked.is_ours:
             try:
@@ -83,6 +97,8 @@ def check_norm_arguments(cfg: Config) -> None:
 
 def check_norms_used(cfg: Config, model: nn.Module) -> None:
     """Check that each part of ``model`` whose ``norm_cfg`` asks for a norm of this package has no other BatchNorm.
+
+    So for the ``norm_layer`` of MMPretrain's TIMMBackbone.
 
     Parts are found by name: ``cfg.model.backbone.norm_cfg`` is that of ``model.backbone``. Where the model has no part
     of that name, nothing is checked. ConvertNorms has replaced the norms that it was to replace, and leaves others.
@@ -99,7 +115,7 @@ def check_norms_used(cfg: Config, model: nn.Module) -> None:
         if not asked.is_ours:
             continue
         request = f'model.{asked.place} asks for {asked.name}, but {type(part).__name__}'
-        remedy = 'use a network that builds all its norms from norm_cfg, ConvertNorms, or leave norm_cfg out.'
+        remedy = f'use a network that builds all its norms from {asked.key}, ConvertNorms, or leave {asked.key} out.'
         for layer, module in part.named_modules():
             if isinstance(module, _BatchNorm) and not isinstance(module, UnifiedNorm) and not asked.converts:
                 raise ConfigError(f'{request} makes its layer {layer} a {type(module).__name__}: {remedy}')

@@ -32,16 +32,17 @@ __all__ = [
 
 
 CONVERT_NORMS = 'ConvertNorms'  # the type of mmubn.openmmlab.convert_norms
+TIMM_BACKBONE, NORM_LAYER = 'TIMMBackbone', 'norm_layer'  # of MMPretrain
 
 
 class AskedNorm(NamedTuple):
     """A norm that a config asks for.
 
     Attributes:
-        place: Of its norm_cfg in the model: ``backbone.norm_cfg``.
+        place: Of its norm_cfg in the model: ``backbone.norm_cfg``; or of norm_layer, which has a type alone.
         name: Of its type, as the config or the class has it.
         norm: The class; None where no such name is registered.
-        norm_cfg: The dict.
+        norm_cfg: The dict; of a norm_layer, one made of it.
         owner: The part of the model: ``backbone``; empty for the model itself.
         converts: Whether the norm takes the place of norms that the part was built with, by ConvertNorms.
         is_converted: Whether ConvertNorms may replace it.
@@ -54,6 +55,11 @@ class AskedNorm(NamedTuple):
     owner: str
     converts: bool
     is_converted: bool
+
+    @property
+    def key(self) -> str:
+        """Where its type is: ``norm_cfg`` or ``norm_layer``."""
+        return self.place.rpartition('.')[2]
 
     @property
     def is_ours(self) -> bool:
@@ -72,7 +78,8 @@ def asked_norms(cfg: Config) -> list[AskedNorm]:
     with MODELS.switch_scope_and_registry(cfg.get('default_scope', 'mmengine')) as registry:
         asked = []
         conversions = {place for place, node in find_dicts(cfg.model) if _is_conversion(node, registry)}
-        for place, norm_cfg in norm_cfgs(cfg.model):
+        of_timm = [(place, {'type': node[NORM_LAYER]}) for place, node in _norm_layers(cfg, registry)]
+        for place, norm_cfg in [*norm_cfgs(cfg.model), *of_timm]:
             kind = _imported(norm_cfg['type'])
             norm = find_type(kind, registry)
             config = place.rpartition('.')[0]
@@ -80,6 +87,13 @@ def asked_norms(cfg: Config) -> list[AskedNorm]:
             name = kind if isinstance(kind, str) else _name(kind)
             asked.append(AskedNorm(place, name, norm, norm_cfg, owner, config in conversions, is_converted))
         return asked
+
+
+def _norm_layers(cfg: Config, registry: Registry) -> Iterator[tuple[str, dict]]:
+    """Each ``norm_layer`` of MMPretrain's TIMMBackbone, the name of a norm: where it is, and the dict that has it."""
+    for place, node in find_dicts(cfg.model):
+        if node.get(NORM_LAYER) is not None and _name(find_type(node.get('type'), registry)) == TIMM_BACKBONE:
+            yield f'{place}.{NORM_LAYER}'.removeprefix('.'), node
 
 
 def _is_conversion(node: dict, registry: Registry) -> bool:
@@ -142,6 +156,10 @@ def name_types(cfg: Config) -> None:
             name = _name(asked.norm)
             if asked.is_ours and asked.name == name != asked.norm_cfg['type'] and registry.get(name) is asked.norm:
                 asked.norm_cfg['type'] = name
+        for _, node in _norm_layers(cfg, registry):
+            norm = find_type(node[NORM_LAYER], registry)
+            if not isinstance(node[NORM_LAYER], str) and registry.get(_name(norm)) is norm:
+                node[NORM_LAYER] = _name(norm)
     pretrained = (PretrainedInit, WEIGHT_INITIALIZERS.get('Pretrained'))
     for place, each in find_dicts(cfg.model):
         is_init_cfg = 'init_cfg' in place.split('.')[-2:]  # one of a list has a number behind it

@@ -10,6 +10,7 @@ backbone = dict(
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from mmengine.logging import print_log
@@ -21,6 +22,8 @@ from mmubn.openmmlab.config_types import CONVERT_NORMS, find_type
 from mmubn.openmmlab.errors import ConfigError
 
 __all__ = ['ConvertNorms']
+
+EXPRESSION = 're:'  # before a regular expression, which a string of a config tells from a glob
 
 
 @MODELS.register_module(name=CONVERT_NORMS)
@@ -36,7 +39,8 @@ def ConvertNorms(  # noqa: N802 - a type of configs, as classes are
         module: Config of the module, built in the scope of the config.
         norm_cfg: Type and options of the norm. ``requires_grad=False`` freezes the new norms, as in mmcv; with True
             they are as frozen as those they replace.
-        where: Which norms, by their names in the module: a glob. None: all.
+        where: Which norms, by their names in the module: a glob, or ``re:`` and a regular expression that is searched
+            for in the name, as ``'re:^layer[12]'``. None: all.
         strict: Whether a norm without an exact equal is an error. If not, it stays.
         data_preprocessor: Of MMEngine's Runner, where the module is the whole model.
 
@@ -48,6 +52,11 @@ def ConvertNorms(  # noqa: N802 - a type of configs, as classes are
         raise ConfigError(
             f'ConvertNorms needs module=dict(type=...) and norm_cfg=dict(type=...), got {module!r} and {norm_cfg!r}.'
         )
+    if isinstance(where, str) and where.startswith(EXPRESSION):
+        try:
+            where = re.compile(where.removeprefix(EXPRESSION))
+        except re.error as error:
+            raise ConfigError(f'ConvertNorms: where={where!r} is no regular expression: {error}.') from error
     options: dict[str, Any] = {key: value for key, value in norm_cfg.items() if key not in ('type', 'requires_grad')}
     with MODELS.switch_scope_and_registry(None) as registry:  # that of the config
         norm = find_type(norm_cfg['type'], registry)

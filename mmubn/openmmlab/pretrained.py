@@ -84,6 +84,11 @@ class PretrainedInit(_PretrainedInit):
                 f'{type(module).__name__}: {fit}. {describe_file(checkpoint, weights)}; {REMEDY}, or leave '
                 'init_cfg out to start without it.'
             )
+        if fit.refused:  # MMEngine would raise it without the name of the file
+            raise CheckpointError(
+                f'{self.checkpoint}, read with init_cfg.prefix={self.prefix!r}, does not fit this '
+                f'{type(module).__name__}: {fit}.'
+            )
         with log_reads('current'):
             mmengine_checkpoint.load_state_dict(module, weights, strict=False, logger='current')
         if fit.missing or fit.reshaped or fit.refused:  # what the module lacks, as a classifier's head, is nothing new

@@ -149,6 +149,11 @@ class TestBackbone:
         MODELS.build(backbone(where='layer1.*.bn3'))
         assert lines == ['mmubn: ConvertNorms of ResNet: 3 BatchNorm2d -> BNET: layer1.*.bn3 (3)']
 
+    def test_regular_expression(self):
+        ours = MODELS.build(backbone(where=r're:^layer[12]\..*bn[13]$'))
+        assert len(names(ours, BNET)) == 2 * (3 + 4)
+        assert all(re.match(r'layer[12]\.\d\.bn[13]$', name) for name in names(ours, BNET))
+
     @pytest.mark.parametrize(
         ('options', 'message'),
         [
@@ -156,6 +161,8 @@ class TestBackbone:
                 dict(where='*.bn4'),
                 r"^ConvertNorms of ResNet: where='\*\.bn4' chooses none of the 53 BatchNorms of this ResNet; near",
             ),
+            (dict(where='re:*bn3'), r"where='re:\*bn3' is no regular expression: nothing to repeat"),
+            (dict(where='re:bn4$'), r"where=re\.compile\('bn4\$'\) chooses none of the 53"),
             (dict(norm_cfg=dict(type='BNETT')), r"norm_cfg\.type='BNETT' is not a registered norm"),
             (dict(norm_cfg=dict(type='GN')), r'norm must be UBN, .*GroupNorm'),
             (dict(norm_cfg=dict(type='BNET', eps=1e-3)), 'eps is no option'),
@@ -320,6 +327,14 @@ class TestChecks:
         with pytest.raises(ConfigError, match=message):
             check_both(cfg)
 
+    @pytest.mark.parametrize('where', [re.compile('bn3$'), lambda name, module: True, ['bn1']])
+    def test_where_of_no_string(self, where):
+        """MMEngine writes it into the copy of the config as what nothing reads."""
+        with pytest.raises(ConfigError, match=r'model\.backbone\.where=.* must be a string, .*such as .*re:'):
+            check_norm_types(detector_config(where=where))
+        with pytest.raises(ConfigError, match=r'model\.where=.* must be a string'):
+            check_norm_types(Config(dict(model=backbone(where=where))))
+
     def test_overrides(self):
         cfg = detector_config()
         options = {
@@ -333,6 +348,8 @@ class TestChecks:
         model = Detector(cfg)
         assert {norm.kernel_size for norm in norms(model, UBN)} == {7}
         assert len(norms(model, UBN)) == 33
+        override(cfg, {'model.backbone.where': 're:^layer[12]'}, 'config.py')
+        assert len(norms(Detector(cfg), UBN)) == 23
         for wrong in ('norm_cfg.kernel_sise', 'were', 'depth'):
             with pytest.raises(UsageError, match=wrong):
                 override(detector_config(), {f'model.backbone.{wrong}': 3}, 'config.py')
