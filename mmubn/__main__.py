@@ -1,4 +1,4 @@
-"""Whether an installation works: versions, and what a layer computes by on each device.
+"""Whether an installation works: versions, where configs and tools are, what a layer computes by on each device.
 
     python -m mmubn
 
@@ -27,6 +27,9 @@ def main() -> int:
     argparse.ArgumentParser(prog='python -m mmubn', description=__doc__.split('\n\n')[0]).parse_args()
     problems = []
     print(f'mmubn {mmubn.__version__} in {Path(mmubn.__file__).parent}')
+    mim = Path(mmubn.__file__).parent / '.mim'
+    known = mim.is_dir()
+    print(f'configs and tools in {mim}' if known else f'no configs and tools: there is no {mim}; install mmubn again')
     print(f'Python {platform.python_version()} on {platform.platform()}')
     for requirement in REQUIREMENTS:
         name = requirement.module

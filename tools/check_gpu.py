@@ -31,6 +31,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+if not (ROOT / 'tests' / 'ops').is_dir():
+    sys.exit(f'check_gpu: it runs the tests of the kernels, and there are none in {ROOT}: run it in a clone of mmubn.')
 sys.path.insert(0, str(ROOT))
 # That there is no MMEngine: none is needed here.
 warnings.filterwarnings('ignore', message='mmubn: .* is not installed')

@@ -6,5 +6,7 @@ launch() {
         meeting=(--nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}")
         meeting+=(--master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${PORT:-29500}")
     fi
-    exec python "$TOOLS/../mmubn/cli/launch.py" "${meeting[@]}" --nproc_per_node="$1" "${@:2}"
+    local script=$TOOLS/../mmubn/cli/launch.py            # of a clone
+    [ -e "$script" ] || script=$TOOLS/../../cli/launch.py # of an installation, which has the tools in mmubn/.mim
+    exec python "$script" "${meeting[@]}" --nproc_per_node="$1" "${@:2}"
 }

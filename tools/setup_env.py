@@ -26,12 +26,14 @@ CUDA_LOCK = ROOT / 'requirements' / 'lock-cuda.txt'
 CACHE = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'mmubn'
 BUILD_TOOLS = ('setuptools', 'wheel')
 # Their build imports torch (mmcv's also compiles against it), so they come after it.
-BUILT_ON_TORCH = ('onedl-mmcv', 'onedl-mmdetection', 'onedl-mmpretrain')
+BUILT_ON_TORCH = ('onedl-mmcv', 'onedl-mmdetection', 'onedl-mmpretrain', 'onedl-mmrotate', 'onedl-mmsegmentation')
 
 
 def main() -> None:
     if len(sys.argv) != 2:
         fail(f'usage: {sys.argv[0]} FOLDER_OF_THE_ENVIRONMENT')
+    if not LOCK.is_file():
+        fail(f'{LOCK} does not exist: make the environment in a clone of mmubn')
     venv = Path(sys.argv[1]).absolute()
     stamp = venv / '.mmubn-environment'
     key = environment_key()
@@ -49,8 +51,8 @@ def main() -> None:
     pip_install(venv, [pin for name, pin in pins.items() if name not in BUILT_ON_TORCH])
     step(3, "mmcv's compiled operators")
     pip_install(venv, [str(mmcv_wheel(venv, pins['onedl-mmcv']))])
-    step(4, 'MMDetection and MMPretrain')
-    pip_install(venv, ['--no-build-isolation', pins['onedl-mmdetection'], pins['onedl-mmpretrain']])
+    step(4, 'MMDetection, MMPretrain, MMRotate and MMSegmentation')
+    pip_install(venv, ['--no-build-isolation', *(pins[name] for name in BUILT_ON_TORCH[1:])])
     step(5, 'mmubn itself, in editable mode')
     pip_install(venv, ['--no-build-isolation', '--editable', str(ROOT)])
     stamp.write_text(key)
@@ -59,7 +61,8 @@ def main() -> None:
 
 def environment_key() -> str:
     """Return a text that changes with everything that decides what the environment holds."""
-    content = b''.join(path.read_bytes() for path in (LOCK, CUDA_LOCK, ROOT / 'pyproject.toml', Path(__file__)))
+    files = (LOCK, CUDA_LOCK, ROOT / 'pyproject.toml', ROOT / 'setup.py', Path(__file__))
+    content = b''.join(path.read_bytes() for path in files)
     return f'{platform.python_version()} {ROOT} {hashlib.sha256(content).hexdigest()}\n'
 
 

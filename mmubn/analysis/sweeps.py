@@ -2,7 +2,7 @@
 
     sweeps:
       NAME:
-        configs: [configs/...py]      what is run, once for each choice of options
+        configs: [mmubn::...py]       what is run, once for each choice of options; or the path of a config
         grid: {KEY: [VALUE, ...]}     every combination of values of --cfg-options is a choice,
         variants: {LABEL: {KEY: VALUE}}   or, instead of grid, every named set of them
         options: {KEY: VALUE}         --cfg-options of all runs
@@ -31,6 +31,7 @@ import yaml
 from mmengine.config import Config
 
 from mmubn.cli import UsageError
+from mmubn.cli.config import own_config
 from mmubn.cli.overrides import override
 from mmubn.openmmlab.config_checks import check_norm_arguments, check_norm_types
 from mmubn.openmmlab.errors import ConfigError
@@ -78,9 +79,10 @@ class SweepRun:
         Raises:
             UsageError: The config does not exist, an option is not one of its keys, or a norm cannot be built.
         """
-        if not Path(self.config).exists():
+        file = own_config(self.config)
+        if not Path(file).exists():
             raise UsageError(f'{self}: the config {self.config} does not exist.')
-        cfg = copy.deepcopy(_read_config(self.config))
+        cfg = copy.deepcopy(_read_config(file))
         options = {key: _with_seed(value, self.seed) for key, value in self.options.items()}
         override(cfg, options | {'randomness.seed': self.seed}, self.config, f'{self}:')
         _check_norms(cfg, self)
@@ -113,7 +115,7 @@ def read_sweeps(path: Path, names: Iterable[str] = (), seeds: Iterable[int] = ()
         UsageError: Names the file, and the line, sweep or key that is wrong. Every problem is in it.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(Path(own_config(str(path))).read_text())
     except OSError as error:
         raise UsageError(f'the sweep file {path} cannot be read: {error.strerror}.') from error
     except yaml.YAMLError as error:

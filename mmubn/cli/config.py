@@ -16,13 +16,15 @@ from mmubn.cli.messages import first_cause, shortened, where
 from mmubn.cli.overrides import OverrideAction, override
 from mmubn.cli.paths import check_file, check_work_dir
 from mmubn.openmmlab.config_types import find_dicts
+from mmubn.openmmlab.errors import ConfigError
+from mmubn.openmmlab.own_configs import PREFIX, find_config
 
-__all__ = ['add_config_arguments', 'add_run_arguments', 'load_config', 'read_config', 'set_run']
+__all__ = ['add_config_arguments', 'add_run_arguments', 'load_config', 'own_config', 'read_config', 'set_run']
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that name a config and change it."""
-    parser.add_argument('config', help='path of a config, or PACKAGE::PATH for one of mmdet or mmpretrain')
+    parser.add_argument('config', help='path of a config, or PACKAGE::PATH for one of mmubn, mmdet or mmpretrain')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -43,7 +45,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def load_config(args: argparse.Namespace) -> Config:
     """Read the config that the arguments of :func:`add_config_arguments` ask for.
 
-    ``PACKAGE::PATH`` names a config that comes with an OpenMMLab package, such as
+    ``PACKAGE::PATH`` names a config that comes with this package or one of OpenMMLab's, such as
     ``mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py``.
 
     Raises:
@@ -62,20 +64,36 @@ def read_config(path: str) -> Config:
     Raises:
         UsageError: Names the file and, where it is known, the line or key that is wrong.
     """
+    of_others = '::' in path and not path.startswith(PREFIX)
     if '::' not in path:
-        check_file(path, 'the config', 'configs are in configs/; those of a package are PACKAGE::PATH', folder=False)
+        check_file(path, 'the config', f'those that come with mmubn are {PREFIX}PATH', folder=False)
+    file = own_config(path)
     try:
-        if '::' in path:
+        if of_others:
             return get_config(path)
-        cfg = Config.fromfile(Path(path).expanduser())
+        cfg = Config.fromfile(Path(file).expanduser())
         _import_classes(cfg)
         return cfg
     except (FileNotFoundError, ValueError, AssertionError) as error:
-        if '::' in path and not isinstance(error, SyntaxError):
+        if of_others and not isinstance(error, SyntaxError):
             raise UsageError(f'no config {path}: {shortened(_without_list(str(error)))}') from error
         raise UsageError(_what_is_wrong(path, error)) from error
     except Exception as error:  # a config is a program
         raise UsageError(_what_is_wrong(path, error)) from error
+
+
+def own_config(name: str) -> str:
+    """Return the file of ``mmubn::PATH``; a name without that prefix as it is.
+
+    Raises:
+        UsageError: There is none of this name.
+    """
+    if not name.startswith(PREFIX):
+        return name
+    try:
+        return str(find_config(name))
+    except ConfigError as error:
+        raise UsageError(str(error)) from error
 
 
 def _what_is_wrong(path: str, error: Exception) -> str:

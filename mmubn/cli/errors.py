@@ -21,7 +21,7 @@ from mmengine.logging import MMLogger
 from mmubn import openmmlab
 from mmubn.checkpoints import CheckpointError
 from mmubn.cli.launcher import RANK_VARIABLES
-from mmubn.cli.messages import one_line_of
+from mmubn.cli.messages import one_line_of, with_place
 from mmubn.openmmlab.errors import ConfigError
 from mmubn.openmmlab.safe_reader import use_safe_reader
 
@@ -75,7 +75,7 @@ def run_tool(parse_args: Callable[[], argparse.Namespace], main: Callable[[argpa
         if torch.distributed.is_initialized() and not has_group:
             _leave_process_group()
     except (UsageError, ConfigError, CheckpointError) as error:
-        text = str(error)
+        text = with_place(error)
         if 'Original Traceback' in text:  # that of a data-loader worker
             text = one_line_of(error).partition(': ')[2]
         if _reports(text, args):

@@ -25,7 +25,7 @@ from mmubn.openmmlab.arguments import arguments_of, did_you_mean, registered_nam
 from mmubn.openmmlab.config_types import find_dicts, find_type
 from mmubn.openmmlab.hooks.sample_errors import no_batch
 
-__all__ = ['first_cause', 'in_one_line', 'one_line_of', 'own_words', 'shortened', 'where']
+__all__ = ['first_cause', 'in_one_line', 'one_line_of', 'own_words', 'shortened', 'where', 'with_place']
 
 LENGTH = 600  # characters; some libraries print whole configs
 BUILDERS = {'build_from_cfg': 'cfg', 'build_dataloader': 'dataloader'}  # of MMEngine, and what each is given
@@ -68,6 +68,13 @@ def one_line_of(error: BaseException) -> str:
     elif 'Connection closed by peer' in text or 'Connection reset by peer' in text:
         text += ' (another process of this run has ended: the cause is in its error)'
     return shortened(text)
+
+
+def with_place(error: BaseException) -> str:
+    """The words of an error of this package, after the key of the dict that was built where it was raised."""
+    text = str(error)
+    building = _building(error)
+    return text if building is None or building[1] in text else f'{building[1]}: {text}'
 
 
 def first_cause(error: BaseException) -> str:

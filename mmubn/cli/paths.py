@@ -10,18 +10,17 @@ from mmengine.config import Config
 
 from mmubn.cli.errors import UsageError
 from mmubn.openmmlab.config_types import find_dicts, is_pretrained
+from mmubn.openmmlab.own_configs import own_file
 
 __all__ = ['check_file', 'check_paths', 'check_work_dir']
 
 DATA_REMEDY = 'lay the data out as {page} says under "Data", or set {key}.data_root with --cfg-options ({digits})'
-DIGITS = 'the digits come from: python tools/dataset_converters/'
-OF_DETECTORS = dict(page='README.md (COCO)', digits=f'{DIGITS}digits_to_coco.py data/digits')
-OF_CLASSIFIERS = dict(
-    page='docs/reproduce.md (ImageNet, CIFAR)', digits=f'{DIGITS}digits_to_imagefolder.py data/digits-classes'
-)
+# Where the layout is described, and what makes the digits in which folder of data/.
+OF_DETECTORS = ('README.md (COCO)', 'digits_to_coco.py', 'digits')
+OF_CLASSIFIERS = ('docs/reproduce.md (ImageNet, CIFAR)', 'digits_to_imagefolder.py', 'digits-classes')
 CHECKPOINT_REMEDY = (
     'train it as README.md says under "ImageNet checkpoints", or set imagenet_checkpoints at the top of '
-    'configs/_base_/imagenet_backbone.py to the folder or URL that has it, or start from another checkpoint with '
+    '{config} to the folder or URL that has it, or start from another checkpoint with '
     '--cfg-options {key}.checkpoint=PATH_OR_URL {key}.prefix=None (torchvision://resnet50, for one)'
 )
 
@@ -53,7 +52,8 @@ def check_paths(cfg: Config, splits: tuple[str, ...], pretrained: bool) -> None:
         for key, node in find_dicts(cfg.get('model') or {}, 'model'):
             owner, _, rest = key.rpartition('.init_cfg')
             if owner and (not rest or rest[1:].isdigit()) and is_pretrained(node):
-                remedy = CHECKPOINT_REMEDY.format(key=key)
+                config = own_file('configs/_base_/imagenet_backbone.py')
+                remedy = CHECKPOINT_REMEDY.format(key=key, config=config)
                 check_file(node['checkpoint'], f'the pretrained checkpoint of {owner},', remedy)
 
 
@@ -61,7 +61,7 @@ def _check_split(cfg: Config, split: str) -> None:
     dataset = (cfg.get(f'{split}_dataloader') or {}).get('dataset', {})
     annotations = []  # of the data sets
     for key, node in find_dicts(dataset, f'{split}_dataloader.dataset'):
-        remedy = DATA_REMEDY.format(key=key, **(OF_CLASSIFIERS if _classifies(cfg) else OF_DETECTORS))
+        remedy = _data_remedy(cfg, key)
         root, ann_file, prefix = (node.get(name) or '' for name in ('data_root', 'ann_file', 'data_prefix'))
         if not isinstance(root, str) or '://' in root:
             continue
@@ -106,8 +106,13 @@ def check_work_dir(path: str) -> None:
         raise UsageError(f'the work dir {path} cannot be written: the disk of {folder} is full; {remedy}.')
 
 
-def _classifies(cfg: Config) -> bool:
-    return cfg.get('default_scope') == 'mmpretrain'
+def _data_remedy(cfg: Config, key: str) -> str:
+    scope = cfg.get('default_scope')
+    if scope in ('mmseg', 'mmrotate'):
+        return f'lay the data out as the documentation of {scope} says, or set {key}.data_root with --cfg-options'
+    page, script, folder = OF_CLASSIFIERS if scope == 'mmpretrain' else OF_DETECTORS
+    digits = f'the digits come from: python {own_file(f"tools/dataset_converters/{script}")} data/{folder}'
+    return DATA_REMEDY.format(key=key, page=page, digits=digits)
 
 
 def _strings(prefix: str | dict) -> list[str]:

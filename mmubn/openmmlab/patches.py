@@ -130,6 +130,23 @@ PATCHES = (
         action='mmubn.layers.replacement:watch_replacements',
     ),
     Patch(
+        'released-names',
+        ('torch.nn.modules.module._global_module_registration_hooks',),
+        ON_IMPORT,
+        why=(
+            "The networks of BNET's authors have the layer `bnet3` where others have `bn3`, and a layer is given the "
+            "entries under its own name alone. Torch's registration hook tells of each norm of this package that gets "
+            'such a name, and the module that it is in renames the entries when it loads a state dict.'
+        ),
+        others='Nothing: the hook looks at the type of the module that is set.',
+        versions='torch 2, tested with 2.12.0',
+        switch_off=(
+            'Files of the authors are then not read, but into what `convert_norms` has converted; '
+            '`mmubn.convert_state_dict(model, state_dict)` renames too.'
+        ),
+        action='mmubn.layers.released_names:watch_names',
+    ),
+    Patch(
         'plain-eps',
         ('torch.serialization.get_safe_globals()',),
         ON_IMPORT,
@@ -161,6 +178,20 @@ PATCHES = (
         action='mmubn.openmmlab.timm_norms:keep_activations',
     ),
     Patch(
+        'own-configs',
+        ('mmengine.config.Config._get_cfg_path',),
+        ON_IMPORT,
+        why=(
+            "MMEngine notes at the values of `_base_ = 'PACKAGE::PATH'` to look their types up in the registries of "
+            'that package. This one has none: what a config takes from `mmubn::PATH` would be built with warnings, or '
+            'not at all. And a path that does not exist is an error that names those that are like it.'
+        ),
+        others='Nothing: for a config of any other package the original runs.',
+        versions=MMENGINE,
+        switch_off="In place of `_base_ = 'mmubn::PATH'` name the file; `python -m mmubn` prints its folder.",
+        replacement='mmubn.openmmlab.own_configs:read_without_scope',
+    ),
+    Patch(
         'replaced-parameters',
         ('torch.optim.optimizer._global_optimizer_pre_hooks',),
         ON_CONVERSION,
@@ -173,6 +204,25 @@ PATCHES = (
         versions='torch 2, tested with 2.12.0',
         switch_off='It is not left out by MMUBN_SKIP_PATCHES. Without a call of `convert_norms` there is no hook.',
         action='mmubn.convert:watch_optimizers',
+    ),
+    Patch(
+        'config-packages',
+        ('mmengine.config.utils._get_package_and_cfg_path',),
+        ON_INSTALL,
+        why=(
+            'A config `mmseg::PATH` is one of the package mmsegmentation for MMEngine. It does not see '
+            'onedl-mmsegmentation, which has the same modules: as `_base_` it is "not installed", and `get_config` '
+            'runs `pip install mmsegmentation`, over the files that are there. A package whose module is there is then '
+            'found by it, and one that is not is an error.'
+        ),
+        others='The same for configs of any package. One that MMEngine finds by itself is read as ever.',
+        versions=MMENGINE,
+        switch_off='Use stock mmsegmentation, or the path of the config in place of `mmseg::PATH`.',
+        replacement='mmubn.openmmlab.config_packages:find_by_module',
+        importers=(
+            'mmengine.config.config._get_package_and_cfg_path',
+            'mmengine.hub.hub._get_package_and_cfg_path',
+        ),
     ),
     Patch(
         'layout-report',
@@ -352,7 +402,10 @@ ADDITIONS = (
     Addition(
         'mmengine.registry.MODELS', ('UBN', 'SyncUBN', 'RBN', 'BNET', 'IEBN', 'UnitizedBN', 'ConvertNorms'), ON_IMPORT
     ),
-    Addition('mmengine.registry.HOOKS', ('CovariateShiftHook', 'FeatureCondensationHook'), ON_IMPORT),
+    Addition(
+        'mmengine.registry.HOOKS', ('CovariateShiftHook', 'FeatureCondensationHook', 'PaddingAwareHook'), ON_IMPORT
+    ),
+    Addition('mmengine.config.utils.MODULE2PACKAGE', ('mmubn',), ON_IMPORT),
     Addition('yaml.representer.SafeRepresenter.yaml_representers', ('UnfoldableEps',), ON_IMPORT),
     Addition('torch.ops', ('mmubn::is_recomputation',), ON_IMPORT),
     Addition('torch.ops', ('mmubn::*',), f'{ON_IMPORT}, where Triton is installed'),

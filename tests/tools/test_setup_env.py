@@ -76,9 +76,12 @@ class TestEditableInstall:
     def test_of_a_user(self, tmp_path):
         """A .pth file that names the clone, which `import` finds; no module that is asked after all folders."""
         clone = tmp_path / 'mmubn'
-        shutil.copytree(ROOT / 'mmubn', clone / 'mmubn', ignore=shutil.ignore_patterns('__pycache__'))
-        for name in ('pyproject.toml', 'README.md', 'LICENSE'):
+        shutil.copytree(ROOT / 'mmubn', clone / 'mmubn', ignore=shutil.ignore_patterns('__pycache__', '.mim'))
+        for name in ('pyproject.toml', 'setup.py', 'README.md', 'LICENSE', 'model-index.yml'):
             shutil.copy(ROOT / name, clone)
+        for name in ('configs', 'tools'):
+            (clone / name).mkdir()
+            (clone / name / 'here').touch()
         build = f'from setuptools.build_meta import build_editable; build_editable({str(tmp_path)!r})'
         subprocess.run([sys.executable, '-c', build], cwd=clone, check=True)
         (wheel,) = tmp_path.glob('*.whl')
@@ -86,3 +89,15 @@ class TestEditableInstall:
             (name,) = (name for name in files.namelist() if '.dist-info/' not in name)
             assert name.endswith('.pth')
             assert files.read(name).decode().strip() == str(clone)
+            (names,) = (name for name in files.namelist() if name.endswith('/top_level.txt'))
+            # mim looks for the first name beside the .pth file.
+            assert files.read(names).decode().splitlines() == [str(clone / 'mmubn'), 'mmubn']
+
+        mim = clone / 'mmubn' / '.mim'
+        assert all(path.is_symlink() for path in mim.iterdir())
+        assert {path.resolve() for path in mim.iterdir()} == {
+            clone / name for name in ('configs', 'tools', 'model-index.yml')
+        }
+        subprocess.run([sys.executable, '-c', build], cwd=clone, check=True)  # again, over the links
+        assert (mim / 'tools' / 'here').exists()
+        assert (clone / 'tools' / 'here').exists()
