@@ -38,8 +38,7 @@ class SyncUBN(UBN):
         process_group: The processes whose samples are one batch, as in ``nn.SyncBatchNorm``: a group of
             ``torch.distributed.new_group`` that this process is in. None: all processes. It is no part of the state
             dict; a copy of the layer is in the same group.
-        num_features, eps, momentum, affine, track_running_stats, device, dtype, threshold, similarity_momentum,
-            similarity_samples, centering, scaling, kernel_size, calibrate_bias: As in UBN.
+        num_features: C. It and every argument that is not named here are as in UBN.
 
     Raises:
         ValueError: As UBN, but a single value per channel is an error only where no other process adds to it. For a

@@ -12,12 +12,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmubn import functional, ops
 from mmubn.checkpoints import FACTORS, INITIAL_SCALE_BIAS
+from mmubn.layers import areas
 from mmubn.layers.arguments import is_int, is_number, require
 from mmubn.layers.loading import convert_entries, read_overlay
 from mmubn.layers.recomputation import Call, RecordedCalls, is_recomputation
 from mmubn.layers.tracing import node_in_trace
 from mmubn.layers.unfoldable_eps import UnfoldableEps
 from mmubn.ops import Backend, Buffers, Decision, Form, Gate, Moments, Parameters, Running, Statistics
+from mmubn.ops.torch_backend import memory_format
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -189,7 +191,9 @@ class UnifiedNorm(nn.BatchNorm2d):
             x = x.reshape(0, self.num_features, 1, 1)
         elif x.dim() == 2:
             x = x[..., None, None]
-        y = self._normalize(x)
+        y = areas.outside_graphs(self._normalize_images, x) if areas.is_used() else None
+        if y is None:
+            y = self._normalize(x)
         return self.drop_and_act(y if y.shape == shape else y.reshape(shape))
 
     def drop_and_act(self, y: Tensor) -> Tensor:
@@ -223,6 +227,31 @@ class UnifiedNorm(nn.BatchNorm2d):
                 else:
                     statistics = self._running_statistics(data, backend, form, fixed, is_differentiated)
             return ops.rectified_norm(backend, x, statistics, form, parameters)
+
+    def _normalize_images(self, x: Tensor) -> Tensor | None:
+        """In evaluation, each image of a padded batch by itself, and zeros beside it; None where there is no padding.
+
+        Raises:
+            RuntimeError: In a trace, and in a forward that may run again, when the areas are no longer known.
+            ValueError: As :meth:`~mmubn.layers.areas.ImageAreas.in_map`.
+        """
+        images = areas.current()
+        has_pooled_terms = self.centering or self.scaling is not None
+        if images is None or self._uses_batch() or not has_pooled_terms:
+            return None
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+            raise RuntimeError('a graph would hold the image sizes of this batch: trace or export without image areas.')
+        if x.numel() == 0 or (sizes := images.in_map(x)) is None:
+            return None
+        if self._calls.may_run_again():
+            raise RuntimeError(
+                'image areas are not known any more when activation checkpointing runs a forward again: switch it off '
+                '(with_cp=False), or evaluate without gradients.'
+            )
+        y, layout = torch.zeros_like(x), memory_format(x)
+        for n, (h, w) in enumerate(sizes):
+            y[n : n + 1, :, :h, :w] = self._normalize(x[n : n + 1, :, :h, :w].contiguous(memory_format=layout))
+        return y
 
     def _own(self, name: str) -> Any:
         """A parameter or a buffer. From its dict, since an attribute of a module takes the host ten times as long."""

@@ -16,8 +16,8 @@ class ClassCountHook(Hook):
     """Checks that every head has as many classes as the data sets that it is trained and evaluated on.
 
     A head is a module called ``head`` or ``..._head``, or an element of a list of that name, with a ``num_classes``.
-    Left out are ``rpn_head``, which knows no classes, ``semantic_head``, which has others, and models that get the
-    classes in words (``language_model``).
+    Left out are ``rpn_head``, which knows no classes, ``semantic_head``, which has others, MMSegmentation's STDCHead,
+    whose two classes are boundary and none, and models that get the classes in words (``language_model``).
 
     Raises:
         ConfigError: Before the first iteration. Names the head and both counts.
@@ -38,7 +38,9 @@ class ClassCountHook(Hook):
             return
         for name, head in model.named_modules():
             count = getattr(head, 'num_classes', None)
-            if _is_head(name) and isinstance(count, int) and count > 0 and count != len(classes):
+            if not _is_head(name) or type(head).__name__ == 'STDCHead':
+                continue
+            if isinstance(count, int) and count > 0 and count != len(classes):
                 raise ConfigError(
                     f'model.{name}.num_classes is {count}, but the {split} data set '
                     f'({type(dataloader.dataset).__name__}) has {len(classes)} classes; set num_classes to '

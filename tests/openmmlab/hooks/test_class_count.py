@@ -65,6 +65,12 @@ class TestClassCount:
     def test_agrees_or_is_no_head_for_these_classes(self, heads):
         ClassCountHook().before_train(runner(WithHead(**heads), Data('a', 'b')))
 
+    def test_a_head_of_mmsegmentation_that_finds_boundaries(self):
+        head = type('STDCHead', (nn.Module,), {'num_classes': 2})()
+        model = WithHead()
+        model.auxiliary_head = nn.ModuleList([head])
+        ClassCountHook().before_train(runner(model, Data('a', 'b', 'c')))
+
     def test_without_classes(self):
         ClassCountHook().before_train(runner(WithHead(head=2), Dataset()))
 
