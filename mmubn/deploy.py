@@ -3,12 +3,13 @@
 # No ``from __future__ import annotations``: torch.jit.script reads the types of FoldedUBN's attributes, and no strings.
 import copy
 from collections import OrderedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmubn import functional
+from mmubn import functional, ops
 from mmubn.layers import UnifiedNorm
 from mmubn.layers.tracing import node_in_trace
 
@@ -68,7 +69,11 @@ class FoldedUBN(nn.Module):
     itself, ``w'_v = w_v`` and ``w'_b = w_b + w_v mu``. The weight of conv_k holds
     :math:`1 / \sqrt{\sigma^2 + \epsilon}`, and r too where ``w_v = 0``. With ``w_m = w_v = 0`` one addition and one
     convolution are left. The addition cannot move into the bias of this convolution, since the zeros around the map
-    stand for mu; into the convolution before the layer it can, and ONNX runtimes move it there.
+    stand for mu. Into the convolution before the layer it can, where nothing else reads that one's output: runtimes,
+    which see the whole graph, move it there. Where ``w_m`` is not 0, the map is added to anyway.
+
+    The backends of the layers compute it: on the CPU in one call. An export, torch.compile and torch.jit get plain
+    torch.
 
     Args:
         constants: The attributes below by name.
@@ -113,28 +118,49 @@ class FoldedUBN(nn.Module):
         if x.numel() == 0:
             return x
         with functional.without_autocast(x.device.type):  # as in the layers, float32 inside
-            return self._forward(x)
+            backend = ops.choose_backend(x, self.kernel_size)
+            if backend.name == 'reference':
+                return self._forward(x)
+            if x.requires_grad and torch.is_grad_enabled():
+                return _Evaluation.apply(x, self, backend)
+            return backend.evaluate(x, self.constants())
+
+    @property
+    def kernel_size(self) -> int:
+        return 1 if self.weight.dim() == 1 else self.weight.shape[-1]
+
+    def constants(self) -> ops.Constants:
+        """The attributes, as a backend takes them."""
+        kernel = self.weight if self.weight.dim() > 1 else self.weight.view(-1, 1, 1, 1)
+        return ops.Constants(
+            self.shift, self.center_weight, self.scale_weight, self.scale_bias, kernel, self.bias, self.calibrate_bias
+        )
 
     def _forward(self, x: Tensor) -> Tensor:
+        """In plain torch: two steps on the map and the convolution, in numbers of (N, C, 1, 1) throughout."""
         y = x.to(functional.statistics_dtype(x))
         # Local names: torch.jit.script sees that one is not None.
         center_weight, scale_weight, scale_bias = self.center_weight, self.scale_weight, self.scale_bias
-        shift = self.shift
-        a = y.mean((2, 3)) if center_weight is not None or scale_weight is not None else shift
+        shift = self.shift[:, None, None]
+        a = y.mean((2, 3), keepdim=True) if center_weight is not None or scale_weight is not None else shift
         if center_weight is not None:
-            shift = shift + center_weight * a
+            shift = shift + center_weight[:, None, None] * a
         r = shift
         if scale_weight is not None and scale_bias is not None:
-            r = torch.sigmoid(scale_weight * (a + shift) + scale_bias)[..., None, None]
-        y = y + shift[..., None, None]
-        if scale_weight is not None and not self.calibrate_bias:
-            y = y * r
+            r = torch.sigmoid(scale_weight[:, None, None] * (a + shift) + scale_bias[:, None, None])
+        y = y + shift
         if self.weight.dim() == 1:
-            y = y * self.weight[:, None, None] + self.bias[:, None, None]
-        else:
-            channels, _, kernel_size, _ = self.weight.shape
-            weight, bias = self.weight.to(y.dtype), self.bias.to(y.dtype)
-            y = F.conv2d(y, weight, bias, padding=kernel_size // 2, groups=channels)
+            scale, bias = self.weight[:, None, None], self.bias[:, None, None]
+            if scale_weight is not None:  # onto the numbers rather than the map
+                scale = r * scale
+                bias = r * bias if self.calibrate_bias else bias
+            return (y * scale + bias).to(x.dtype)
+        channels, _, kernel_size, _ = self.weight.shape
+        weight, bias = self.weight.to(y.dtype), self.bias.to(y.dtype)
+        if scale_weight is not None and not self.calibrate_bias:
+            # Before the convolution, into which runtimes draw the activation or the addition that follows.
+            y = y * r
+        y = F.conv2d(y, weight, bias, padding=kernel_size // 2, groups=channels)
         if scale_weight is not None and self.calibrate_bias:
             # r is one number per map, so it commutes with the convolution; here it takes the bias along.
             y = y * r
@@ -143,6 +169,25 @@ class FoldedUBN(nn.Module):
     def extra_repr(self) -> str:
         shapes = (f'{name}={tuple(value.shape)}' for name, value in self.named_buffers())
         return ', '.join((*shapes, f'calibrate_bias={self.calibrate_bias}'))
+
+
+class _Evaluation(torch.autograd.Function):
+    """A FoldedUBN by a backend, with the gradient of its input, of any order, that plain torch has."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: FoldedUBN, backend: ops.Backend) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return backend.evaluate(x, layer.constants())
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad(), functional.without_autocast(x.device.type):
+            y = ctx.layer._forward(x)
+            (dx,) = torch.autograd.grad(y, x, dy, create_graph=create_graph)
+        return dx, None, None
 
 
 def _with_drop_and_act(folded: nn.Module, layer: UnifiedNorm) -> nn.Module:

@@ -19,6 +19,7 @@ from mmubn.ops.replayed import Forward, replayed_norm
 from mmubn.ops.types import (
     BatchStatistics,
     Buffers,
+    Constants,
     Decision,
     Form,
     Gate,
@@ -33,6 +34,7 @@ __all__ = [
     'Backend',
     'BatchStatistics',
     'Buffers',
+    'Constants',
     'Decision',
     'Form',
     'Forward',

@@ -22,6 +22,7 @@ from mmubn.ops.types import (
     BatchStatistics,
     Buffers,
     Coefficients,
+    Constants,
     Decision,
     Form,
     Gate,
@@ -214,6 +215,36 @@ class Backend:
             y, (N, C, H, W), in the dtype of x or in the statistics dtype.
         """
         raise NotImplementedError
+
+    def evaluate(self, x: Tensor, constants: Constants) -> Tensor:
+        """The output of a layer of which evaluation holds all but the means of x constant, in the dtype of x.
+
+        Args:
+            x: Input, (N, C, H, W), with elements.
+            constants: Of the layer.
+        """
+        dtype, x = functional.statistics_dtype(x), self.dense(x)
+        tensors = [None if tensor is None else tensor.to(dtype) for tensor in constants[:-1]]
+        shift, center_weight, scale_weight, scale_bias, kernel, bias = tensors
+        assert shift is not None
+        assert kernel is not None
+        assert bias is not None
+        scale = torch.ones_like(shift).unsqueeze(0)
+        if center_weight is not None or scale_weight is not None:
+            a = self.instance_means(x)
+            shift = shift.unsqueeze(0) if center_weight is None else torch.addcmul(shift, center_weight, a)
+            if scale_weight is not None:
+                assert scale_bias is not None
+                scale = torch.sigmoid(torch.addcmul(scale_bias, scale_weight, a + shift))
+        else:
+            shift = shift.unsqueeze(0)
+        if constants.calibrate_bias:
+            bias = scale * bias
+        flat = kernel.flatten(1)
+        centre = flat.shape[1] // 2
+        neighbors = torch.cat([flat[:, :centre], flat[:, centre + 1 :]], dim=1) if centre else None
+        taps = Taps(flat[:, centre].contiguous(), neighbors, kernel)
+        return self.apply(x, Coefficients(-shift, scale, None), taps, bias).to(x.dtype)
 
     # --- backward -----------------------------------------------------------------------------------------------------
 

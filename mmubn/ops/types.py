@@ -19,6 +19,7 @@ __all__ = [
     'BatchStatistics',
     'Buffers',
     'Coefficients',
+    'Constants',
     'Decision',
     'Form',
     'Gate',
@@ -137,6 +138,22 @@ class Coefficients(NamedTuple):
     center: Tensor  # (N or 1, C)
     scale: Tensor  # (N or 1, C)
     factor: Tensor | None  # r, (N, C); None without scaling, and where the backend finds r in ``scale``
+
+
+class Constants(NamedTuple):
+    """What evaluation holds constant: ``y = depthwise_conv(r (x + s); kernel) + bias`` with zero padding.
+
+    ``s = shift + center_weight a``, ``r = sigmoid(scale_weight (a + s) + scale_bias)``; what is None counts as 0, and r
+    as 1 without a scale_weight. In any floating dtype.
+    """
+
+    shift: Tensor  # (C,)
+    center_weight: Tensor | None  # (C,)
+    scale_weight: Tensor | None  # (C,)
+    scale_bias: Tensor | None  # (C,), None where scale_weight is
+    kernel: Tensor  # (C, 1, k, k)
+    bias: Tensor  # (C,)
+    calibrate_bias: bool  # whether r multiplies the bias too
 
 
 class Decision(NamedTuple):

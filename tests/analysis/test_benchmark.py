@@ -1,6 +1,7 @@
 """mmubn.analysis.benchmark: it compares what it says it compares, and measures what it says it measures."""
 
 import contextlib
+import itertools
 import random
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 import mmubn
 from mmubn import functional
 from mmubn.analysis import benchmark
-from mmubn.analysis.benchmark import measurement
+from mmubn.analysis.benchmark import deployed_markdown, deployment, measurement
 
 CPU = torch.device('cpu')
 
@@ -220,3 +221,45 @@ def test_growth_is_the_exponent():
         [' bn ', ' 1.00 ', ' - ', ' 1.00 '],
         [' ubn ', ' 0.50 ', ' - ', ' 2.00 '],
     ]
+
+
+@pytest.fixture
+def small_resnet50(monkeypatch):
+    """A small network in the place of the ResNet-50."""
+
+    def small(norm):
+        return nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.ReLU(), nn.Conv2d(4, 4, 3), norm(4))
+
+    monkeypatch.setattr(deployment, 'resnet50', small)
+
+
+@pytest.mark.usefixtures('small_resnet50')
+def test_deployed_networks_are_those_they_stand_for():
+    nets = deployment.deployed(['ubn'])
+    x = torch.randn(2, 3, 9, 8)
+    torch.testing.assert_close(nets['bn, fused'](x), deployment.trained_resnet50('bn')(x))
+    assert not [module for module in nets['bn, fused'].modules() if isinstance(module, nn.BatchNorm2d)]
+    torch.testing.assert_close(nets['ubn, folded'](x), nets['ubn, as trained'](x))
+    norm = nets['ubn, as trained'][1]
+    assert all(parameter.all() for parameter in norm.parameters()), 'none of its steps is left out'
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('small_resnet50')
+def test_deployed_networks_are_compared_in_turns():
+    labels = []
+    results = deployment.measure_deployed(['ubn'], [(1, 3, 9, 8)], 3, 1, labels.append)
+    assert labels == ['1x3x9x8'] * 4
+    networks = ('bn, fused', 'ubn, as trained', 'ubn, folded')
+    assert {(r.runtime, r.network) for r in results} == set(itertools.product(('torch', 'onnxruntime'), networks))
+    for result in results:
+        assert 0 < result.milliseconds.low <= result.milliseconds.high
+        assert (result.map_nodes is None) == (result.runtime == 'torch')
+        if result.network == 'bn, fused':
+            assert result.ratio == (1, 1, 1)
+    nodes = {r.network: r.map_nodes for r in results if r.runtime == 'onnxruntime'}
+    assert nodes['bn, fused'] == 3
+    assert nodes['ubn, folded'] == 3 + 2 * 4 < nodes['ubn, as trained']
+    text = deployed_markdown(results, 3, 1, 'a command')
+    assert '### 1x3x9x8' in text
+    assert f'{nodes["ubn, folded"]} |' in text

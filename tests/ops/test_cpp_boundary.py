@@ -15,7 +15,7 @@ from mmubn.ops.types import Coefficients, Taps
 
 FUNCTIONS = boundary.FUNCTIONS
 NUMBERS = dict(n=2, c=4, pixels=6, h=2, w=3, kernel_size=3, taps=9, samples=2, threads=1, num_values=12)
-NUMBERS |= dict(momentum=0.1, eps=1e-5, turned=False, channels_last=False, rectified=True)
+NUMBERS |= dict(momentum=0.1, eps=1e-5, turned=False, channels_last=False, rectified=True, calibrate_bias=False)
 EACH_ARRAY = pytest.mark.parametrize(
     ('name', 'field'),
     [(name, field) for name, function in FUNCTIONS.items() for field in function.arrays],

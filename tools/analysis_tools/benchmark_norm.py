@@ -1,4 +1,4 @@
-"""Time and memory of the norm layers side by side: one layer, a ResNet-50, or a layer as its input grows.
+"""Time and memory of the norm layers side by side: one layer, a ResNet-50, a layer as its input grows, deployment.
 
 Every contender takes its turn in every round, in an order drawn anew, and a ratio is taken within a round: what slows
 the machine down for a while slows all of them. Reported are medians with the first and third quartile. Needs torch
@@ -14,18 +14,23 @@ The contenders:
     ubn-reference  mmubn.UBN, by the readable reference
     ubn-naive      UBN as one would write it with torch's operators, without this package
 
+`deployed` is evaluation alone, on the CPU: a ResNet-50 as trained and folded, in torch and in ONNX Runtime,
+beside one whose BatchNorms are fused into its convolutions. It needs onnx, onnxscript and onnxruntime.
+
 Examples:
 
     python tools/analysis_tools/benchmark_norm.py layer --out work_dirs/benchmark/layer
     python tools/analysis_tools/benchmark_norm.py layer --device cuda --dtype bf16 --memory-format nchw channels_last
     python tools/analysis_tools/benchmark_norm.py network --contenders bn composition ubn
     python tools/analysis_tools/benchmark_norm.py sweep --contenders composition ubn ubn-naive --out work_dirs/benchmark
+    python tools/analysis_tools/benchmark_norm.py deployed --threads 1 --out work_dirs/benchmark/deployed
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import shlex
 import sys
@@ -47,13 +52,16 @@ from mmubn.analysis.benchmark import (
     Setting,
     at_least,
     copy_bandwidth,
+    deployed_markdown,
     device,
     markdown,
     measure,
+    measure_deployed,
     plot,
     shape,
     sweep_axes,
     write_csv,
+    write_deployed_csv,
 )
 from mmubn.analysis.outputs import unwritable
 
@@ -68,8 +76,11 @@ LAYER_SHAPES = [
 ]
 
 
+DEPLOYED = ('bnet', 'rbn', 'ubn')
+
+
 def parse_args() -> argparse.Namespace:
-    """Parse the command line; ``plan`` of the result is the Plan that it asks for."""
+    """Parse the command line; ``plan`` of the result is the Plan that it asks for, None of ``deployed``."""
     parser = argparse.ArgumentParser(
         description=__doc__.split('\nExamples')[0],
         epilog=__doc__[__doc__.index('Examples') :],
@@ -99,11 +110,7 @@ def parse_args() -> argparse.Namespace:
         )
         mode.add_argument('--dtype', nargs=several, choices=DTYPES, default=['fp32'], help='by autocast where not fp32')
         mode.add_argument('--memory-format', nargs=several, choices=MEMORY_FORMATS, default=['nchw'])
-        mode.add_argument('--repeats', type=at_least(3), default=20, help='rounds that count; default: 20')
-        mode.add_argument('--warmup', type=at_least(1), default=3, help='rounds before them; default: 3')
-        mode.add_argument('--threads', type=at_least(1), help='threads of the CPU; default: those that torch takes')
         mode.add_argument('--cold-cache', action='store_true', help='overwrite the caches before every timing')
-        mode.add_argument('--out', type=Path, help='folder for results.md, results.csv, plot.png and plot.svg')
     layer.add_argument(
         '--shapes', nargs='+', type=shape, default=LAYER_SHAPES, metavar='N,C,H,W', help='default: of a ResNet-50'
     )
@@ -121,8 +128,24 @@ def parse_args() -> argparse.Namespace:
             action='store_true',
             help='replay each step as a CUDA graph, without what launching kernels costs; leaves ubn-naive out',
         )
+    deployed = modes.add_parser('deployed', help='evaluation of a ResNet-50 as trained, folded, and in ONNX Runtime')
+    deployed.add_argument(
+        '--norms',
+        nargs='+',
+        choices=DEPLOYED,
+        default=['bnet', 'ubn'],
+        metavar='NAME',
+        help=f'of {", ".join(DEPLOYED)}',
+    )
+    deployed.add_argument('--shapes', nargs='+', type=shape, default=[(1, 3, 320, 320)], metavar='N,3,H,W')
+    for mode in (layer, network, sweep, deployed):
+        mode.add_argument('--repeats', type=at_least(3), default=20, help='rounds that count; default: 20')
+        mode.add_argument('--warmup', type=at_least(1), default=3, help='rounds before them; default: 3')
+        mode.add_argument('--threads', type=at_least(1), help='threads of the CPU; default: those that torch takes')
+        files = 'results.md and results.csv' if mode is deployed else 'results.md, results.csv, plot.png and plot.svg'
+        mode.add_argument('--out', type=Path, help=f'folder for {files}')
     args = parser.parse_args()
-    args.plan = make_plan(args)
+    args.plan = None if args.mode == 'deployed' else make_plan(args)
     check(args, modes.choices[args.mode].error)
     return args
 
@@ -156,14 +179,16 @@ def make_plan(args: argparse.Namespace) -> Plan:
 def check(args: argparse.Namespace, error: Callable[[str], None]) -> None:
     """Call ``error`` for arguments that do not fit each other."""
     plan = args.plan
-    if plan.cuda_graphs:
+    if plan is None:
+        check_deployed(args, error)
+    elif plan.cuda_graphs:
         if plan.device.type != 'cuda':
             error(f'--cuda-graphs needs a GPU, but --device is {plan.device}; leave --cuda-graphs out')
         if plan.baseline == 'ubn-naive':
             error(
                 '--baseline ubn-naive reads its gate on the host, which a CUDA graph cannot do; take another baseline'
             )
-    for setting in plan.settings:
+    for setting in plan.settings if plan is not None else ():
         n, c, h, w = setting.shape
         values = n * h * w
         if plan.trial is NetworkTrial:
@@ -176,6 +201,15 @@ def check(args: argparse.Namespace, error: Callable[[str], None]) -> None:
         error(f'--out {args.out} is a file; give the path of a folder')
     if args.out is not None and (problem := unwritable(args.out / 'results.md')):
         error(f'--out {args.out} cannot be written: {problem}')
+
+
+def check_deployed(args: argparse.Namespace, error: Callable[[str], None]) -> None:
+    missing = [name for name in ('onnx', 'onnxscript', 'onnxruntime') if importlib.util.find_spec(name) is None]
+    if missing:
+        error(f'deployed needs {", ".join(missing)}: pip install {" ".join(missing)}')
+    for images in args.shapes:
+        if images[1] != 3:
+            error(f'--shapes of images have 3 channels, as in 1,3,320,320, got {",".join(map(str, images))}')
 
 
 @contextlib.contextmanager
@@ -200,12 +234,15 @@ def main() -> None:
     plan = args.plan
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    command = shlex.join(['python', 'tools/analysis_tools/benchmark_norm.py', *sys.argv[1:]])
+    if plan is None:
+        measure_deployment(args, command)
+        return
     if plan.device.type == 'cuda':
         torch.cuda.set_device(plan.device)
     copy = copy_bandwidth(Clock(plan.device))
     with progress(plan.rounds) as advance:
         results = measure(plan, Clock(plan.device, plan.cold_cache), advance)
-    command = shlex.join(['python', 'tools/analysis_tools/benchmark_norm.py', *sys.argv[1:]])
     text = markdown(results, plan, copy, command)
     print(text)
     if args.out is not None:
@@ -214,6 +251,19 @@ def main() -> None:
         write_csv(results, plan.mode, args.out / 'results.csv')
         paths = [args.out / 'results.md', args.out / 'results.csv', *plot(results, plan, args.out)]
         print(f'wrote {", ".join(map(str, paths))}')
+
+
+def measure_deployment(args: argparse.Namespace, command: str) -> None:
+    """What ``deployed`` does."""
+    with progress(len(args.shapes) * (args.warmup + args.repeats)) as advance:
+        results = measure_deployed(args.norms, args.shapes, args.repeats, args.warmup, advance)
+    text = deployed_markdown(results, args.repeats, args.warmup, command)
+    print(text)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / 'results.md').write_text(text)
+        write_deployed_csv(results, args.out / 'results.csv')
+        print(f'wrote {args.out / "results.md"}, {args.out / "results.csv"}')
 
 
 if __name__ == '__main__':

@@ -2,6 +2,7 @@
 
 - :mod:`~mmubn.analysis.benchmark.contenders`: the layers that are compared.
 - :mod:`~mmubn.analysis.benchmark.trials`: the steps that are timed.
+- :mod:`~mmubn.analysis.benchmark.deployment`: evaluation after training, folded and in ONNX Runtime.
 - :mod:`~mmubn.analysis.benchmark.plan`: what is run.
 - :mod:`~mmubn.analysis.benchmark.measurement`: how it is measured.
 - :mod:`~mmubn.analysis.benchmark.report` and :mod:`~mmubn.analysis.benchmark.figures`: tables, CSV and plots.
@@ -17,6 +18,7 @@ from mmubn.analysis.benchmark.contenders import (
     composition,
     resnet50,
 )
+from mmubn.analysis.benchmark.deployment import count_map_nodes, measure_deployed
 from mmubn.analysis.benchmark.figures import plot
 from mmubn.analysis.benchmark.measurement import (
     Clock,
@@ -29,7 +31,7 @@ from mmubn.analysis.benchmark.measurement import (
     saved_bytes,
 )
 from mmubn.analysis.benchmark.plan import Plan, sweep_axes
-from mmubn.analysis.benchmark.report import growth_table, markdown, write_csv
+from mmubn.analysis.benchmark.report import deployed_markdown, growth_table, markdown, write_csv, write_deployed_csv
 from mmubn.analysis.benchmark.trials import DTYPES, MEMORY_FORMATS, LayerTrial, NetworkTrial, Setting
 
 __all__ = [
@@ -50,10 +52,13 @@ __all__ = [
     'compare',
     'composition',
     'copy_bandwidth',
+    'count_map_nodes',
+    'deployed_markdown',
     'device',
     'growth_table',
     'markdown',
     'measure',
+    'measure_deployed',
     'plot',
     'quartiles',
     'resnet50',
@@ -61,4 +66,5 @@ __all__ = [
     'shape',
     'sweep_axes',
     'write_csv',
+    'write_deployed_csv',
 ]

@@ -11,12 +11,22 @@ from statistics import geometric_mean, linear_regression
 
 import torch
 
+from mmubn.analysis.benchmark.deployment import BASELINE, Deployed
 from mmubn.analysis.benchmark.measurement import Quartiles, Result
 from mmubn.analysis.benchmark.plan import Plan
 from mmubn.analysis.benchmark.trials import Setting
 from mmubn.version import __version__
 
-__all__ = ['Curve', 'curves', 'growth_table', 'larger_half', 'markdown', 'write_csv']
+__all__ = [
+    'Curve',
+    'curves',
+    'deployed_markdown',
+    'growth_table',
+    'larger_half',
+    'markdown',
+    'write_csv',
+    'write_deployed_csv',
+]
 
 UNITS = {'saved': 'MiB', 'peak': 'MiB', 'bandwidth': 'GB/s'}  # of the others, ms
 MEASURES = ('forward', 'backward', 'update', 'training', 'evaluation', 'saved', 'peak', 'bandwidth')
@@ -49,18 +59,26 @@ def markdown(results: list[Result], plan: Plan, copy: float, command: str) -> st
     return '\n'.join(lines)
 
 
+def version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return 'not installed'
+
+
+def cpu() -> str:
+    return f'{cpu_name()} ({torch.backends.cpu.get_cpu_capability()}), threads: {torch.get_num_threads()}'
+
+
 def describe(plan: Plan, copy: float, command: str) -> list[str]:
     """Write what the numbers depend on, as lines of Markdown."""
-    try:
-        triton = metadata.version('triton')
-    except metadata.PackageNotFoundError:
-        triton = 'not installed'
-    versions = f'mmubn {__version__}, torch {torch.__version__}, Triton {triton}, Python {platform.python_version()}'
+    triton, python = version_of('triton'), platform.python_version()
+    versions = f'mmubn {__version__}, torch {torch.__version__}, Triton {triton}, Python {python}'
     if plan.device.type == 'cuda':
         machine = torch.cuda.get_device_name()
         versions += f', CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}'
     else:
-        machine = f'{cpu_name()} ({torch.backends.cpu.get_cpu_capability()}), threads: {torch.get_num_threads()}'
+        machine = cpu()
     return [
         f'- Machine: {machine}',
         f'- Versions: {versions}',
@@ -179,3 +197,39 @@ def write_csv(results: list[Result], mode: str, path: Path) -> None:
         for (shape, *form), contender, backend, measure, value, ratio in results:
             unit = UNITS.get(measure, 'ms')
             writer.writerow([mode, *shape, *form, contender, backend, measure, unit, *value, *ratio])
+
+
+def deployed_markdown(results: list[Deployed], repeats: int, warmup: int, command: str) -> str:
+    """Write the results of :func:`~mmubn.analysis.benchmark.deployment.measure_deployed` as Markdown."""
+    runtime, python = version_of('onnxruntime'), platform.python_version()
+    clock = 'CPU time of the process' if torch.get_num_threads() == 1 else 'wall time'
+    lines = [
+        '## ResNet-50, deployed',
+        '',
+        f'- Machine: {cpu()}',
+        f'- Versions: mmubn {__version__}, torch {torch.__version__}, onnxruntime {runtime}, Python {python}',
+        f'- Command: `{command}`',
+        f'- Rounds: {repeats} after {warmup} to warm up; {clock}; medians, with [first, third quartile]',
+        f'- Ratios: to {BASELINE}, in the same runtime and round',
+        '- Map nodes: operators of the ONNX graph that read or write a map',
+        '',
+    ]
+    for shape in dict.fromkeys(result.shape for result in results):
+        rows = []
+        for network in dict.fromkeys(result.network for result in results):
+            eager, onnx = (r for r in results if (r.shape, r.network) == (shape, network))
+            cells = [spread(value) for result in (eager, onnx) for value in (result.milliseconds, result.ratio)]
+            rows.append([network, *cells, str(onnx.map_nodes)])
+        header = ['network', 'torch (ms)', f'torch / {BASELINE}', 'ONNX (ms)', f'ONNX / {BASELINE}', 'map nodes']
+        lines += [f'### {"x".join(map(str, shape))}', '', *table(header, rows)]
+    return '\n'.join(lines)
+
+
+def write_deployed_csv(results: list[Deployed], path: Path) -> None:
+    """Write a row for each result."""
+    header = ['n', 'c', 'h', 'w', 'runtime', 'network', 'q1', 'median', 'q3', 'ratio_q1', 'ratio_median', 'ratio_q3']
+    with path.open('w', newline='') as file:
+        writer = csv.writer(file)
+        writer.writerow([*header, 'map_nodes'])
+        for shape, runtime, network, milliseconds, ratio, map_nodes in results:
+            writer.writerow([*shape, runtime, network, *milliseconds, *ratio, map_nodes])

@@ -21,6 +21,7 @@ from mmubn.ops.torch_backend import dense, memory_format
 from mmubn.ops.types import (
     KERNEL_SCALINGS,
     Coefficients,
+    Constants,
     Decision,
     Form,
     Gate,
@@ -172,6 +173,34 @@ class CppBackend(Backend):
     def apply(self, x: Tensor, coefficients: Coefficients, taps: Taps, bias: Tensor) -> Tensor:
         """Return y in the dtype of x."""
         return _convolve(dense(x), taps, coefficients.center, coefficients.scale, bias)
+
+    def evaluate(self, x: Tensor, constants: Constants) -> Tensor:
+        """In one call, which reads each plane of an NCHW input for its mean right before it is convolved."""
+        x = dense(x)
+        n, c, h, w = x.shape
+        dtype = functional.statistics_dtype(x)
+        output = torch.empty_like(x)
+        call(
+            'evaluate',
+            x.dtype,
+            x=x,
+            output=output,
+            kernel=_plain(constants.kernel, dtype),
+            shift=_plain(constants.shift, dtype),
+            center_weight=_plain_or_none(constants.center_weight, dtype),
+            scale_weight=_plain_or_none(constants.scale_weight, dtype),
+            scale_bias=_plain_or_none(constants.scale_bias, dtype),
+            bias=_plain(constants.bias, dtype),
+            n=n,
+            c=c,
+            h=h,
+            w=w,
+            kernel_size=constants.kernel.shape[-1],
+            threads=_threads(x.numel()),
+            calibrate_bias=constants.calibrate_bias,
+            channels_last=_is_channels_last(x),
+        )
+        return output
 
     # --- backward -----------------------------------------------------------------------------------------------------
 

@@ -64,6 +64,22 @@ struct TapSumsArguments {
   bool channels_last;
 };
 
+// output = conv(r (x + s); kernel) + bias, where s = shift + center_weight a, a the mean of x over its pixels, and
+// r = sigmoid(scale_weight (a + s) + scale_bias), which multiplies the bias too where it is calibrated.
+template <class T>
+struct EvaluateArguments {
+  using A = Arithmetic<T>;
+  const T* x;                          // (N, C, H, W)
+  T* output;                           // (N, C, H, W)
+  const A* kernel;                     // (C, k * k)
+  const A* shift;                      // (C,)
+  const A* center_weight;              // (C,), or null: 0
+  const A *scale_weight, *scale_bias;  // (C,), or both null: r = 1
+  const A* bias;                       // (C,)
+  Index n, c, h, w, kernel_size, threads;
+  bool calibrate_bias, channels_last;
+};
+
 template <class A>
 struct StatisticsArguments {
   const A *a, *v;                       // (N, C)

@@ -32,8 +32,14 @@ class Slide {
   Vector<A> bias_, partial_[K];
 };
 
-template <int K, class T, class A = Arithmetic<T>>
-void convolve_planes(const ConvolveArguments<T>& o) {
+template <class A>
+struct PlaneCoefficients {
+  A center, scale, bias;
+};
+
+// Calls coefficients_of(n, c) for each plane, right before its values are read.
+template <int K, class T, class Function, class A = Arithmetic<T>>
+void convolve_planes(const ConvolveArguments<T>& o, Function coefficients_of) {
   constexpr Index L = LANES<A>, R = K / 2, TAPS = K * K;
   const Index pitch = o.w + 2 * R, most = std::clamp<Index>(STRIP / pitch, 1, o.h), size = o.h * o.w;
   const Index all = o.n * o.c * size;
@@ -44,9 +50,10 @@ void convolve_planes(const ConvolveArguments<T>& o) {
 #pragma omp for schedule(static)
     for (Index p = 0; p < o.n * o.c; ++p) {
       const Index n = p / o.c, c = p % o.c, start = p * size;
-      const A center = at(o.center, o.center_step, n, c), scale = at(o.scale, o.scale_step, n, c);
+      const PlaneCoefficients<A> own = coefficients_of(n, c);
+      const A center = own.center, scale = own.scale;
       const A slope = at(o.slope, o.slope_step, n, c), other_center = at(o.other_center, o.c, n, c);
-      const Vector<A> bias = Vector<A>{} + at(o.bias, o.bias_step, n, c);
+      const Vector<A> bias = Vector<A>{} + own.bias;
       A taps[TAPS];
       for (Index t = 0; t < TAPS; ++t) taps[t] = scale * o.kernel[c * TAPS + (o.turned ? TAPS - 1 - t : t)];
       for (Index first = 0; first < o.h; first += most) {
@@ -124,8 +131,14 @@ void convolve_pixels(const ConvolveArguments<T>& o) {
 
 template <class T>
 void convolve(const ConvolveArguments<T>& o) {
+  using A = Arithmetic<T>;
+  const auto coefficients_of = [&](Index n, Index c) {
+    return PlaneCoefficients<A>{
+        at(o.center, o.center_step, n, c), at(o.scale, o.scale_step, n, c), at(o.bias, o.bias_step, n, c)};
+  };
   with_kernel_size(o.kernel_size, [&](auto k) {
-    o.channels_last ? convolve_pixels<decltype(k)::value>(o) : convolve_planes<decltype(k)::value>(o);
+    constexpr int K = decltype(k)::value;
+    o.channels_last ? convolve_pixels<K>(o) : convolve_planes<K>(o, coefficients_of);
   });
 }
 

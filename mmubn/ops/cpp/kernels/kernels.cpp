@@ -12,6 +12,7 @@
 #include "arguments.h"
 #include "coefficients.h"
 #include "convolution.h"
+#include "evaluation.h"
 #include "moments.h"
 #include "similarity.h"
 #include "tap_sums.h"
@@ -42,6 +43,7 @@ MMUBN_PASS(moments, MomentsArguments)
 MMUBN_PASS(similarity, SimilarityArguments)
 MMUBN_PASS(convolve, ConvolveArguments)
 MMUBN_PASS(tap_sums, TapSumsArguments)
+MMUBN_PASS(evaluate, EvaluateArguments)
 MMUBN_STEP(statistics, StatisticsArguments)
 MMUBN_STEP(coefficients, CoefficientsArguments)
 MMUBN_STEP(coefficients_backward, CoefficientsBackwardArguments)

@@ -69,25 +69,37 @@ inline void plane_sums(const T* x, Index count, A guess, A& deviations, A& squar
 }
 
 template <class T, class A = Arithmetic<T>>
+inline A mean_of_plane(const T* x, Index pixels) {
+  double total = 0;
+  for (Index start = 0; start < pixels; start += PIECE) {
+    A plain, squares;
+    plane_sums<T, false>(x + start, std::min(PIECE, pixels - start), A(0), plain, squares);
+    total += plain;
+  }
+  return A(total / pixels);
+}
+
+template <class T, class A = Arithmetic<T>>
 void moments_of_planes(const MomentsArguments<T>& o) {
   const Index planes = o.n * o.c;
 #pragma omp parallel for num_threads(o.threads) if (o.threads > 1) schedule(static)
   for (Index p = 0; p < planes; ++p) {
+    if (!o.v) {
+      o.a[p] = mean_of_plane(o.x + p * o.pixels, o.pixels);
+      continue;
+    }
     Moments<1> moments;
-    double total = 0;
     for (Index start = 0; start < o.pixels; start += PIECE) {
       const Index count = std::min(PIECE, o.pixels - start);
       const T* const piece = o.x + p * o.pixels + start;
       A plain, deviations, squares;
       plane_sums<T, false>(piece, count, A(0), plain, squares);
-      total += plain;
-      if (!o.v) continue;
       const A guess = plain / count;
       plane_sums<T, true>(piece, count, guess, deviations, squares);
       moments.merge(&guess, &deviations, &squares, count);
     }
-    o.a[p] = o.v ? A(moments.mean_of(0)) : A(total / o.pixels);
-    if (o.v) o.v[p] = A(moments.variance_of(0));
+    o.a[p] = A(moments.mean_of(0));
+    o.v[p] = A(moments.variance_of(0));
   }
 }
 
