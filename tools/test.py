@@ -61,7 +61,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def is_of(cfg: Config, package: str) -> bool:
-    """Whether the model is one of this package, mmdet or mmpretrain, or made from one of its classes."""
+    """Whether the model is one of this package, such as mmdet or mmpretrain, or made from one of its classes."""
     with MODELS.switch_scope_and_registry(cfg.get('default_scope') or 'mmengine') as registry:
         kind = find_type(cfg.model.get('type'), registry)
     return isinstance(kind, type) and any(base.__module__.partition('.')[0] == package for base in kind.__mro__)
@@ -79,6 +79,15 @@ def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
     hook.wait_time = args.wait_time
     if classifies:
         hook.interval = 1  # every image, as MMDetection's hook does
+    elif args.show_dir and is_of(cfg, 'mmseg'):
+        # MMSegmentation's hook has no folder of its own: the backends that write files have one, beside their own.
+        backends = [
+            each for _, each in find_dicts(cfg.get('visualizer') or {}) if 'LocalVisBackend' in str(each.get('type'))
+        ]
+        if not backends:
+            raise UsageError(f'--show-dir needs a LocalVisBackend among the vis_backends of {args.config}.')
+        for backend in backends:
+            backend.img_save_dir = str(Path('..', args.show_dir))
     elif args.show_dir:
         hook.test_out_dir = args.show_dir
 
