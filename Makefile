@@ -9,15 +9,17 @@ export PATH := $(BIN):$(PATH)
 PYTEST_OPTIONS := -n 2 --max-worker-restart 0
 RESULTS := OMP_NUM_THREADS=1 $(BIN)/python tools/analysis_tools/compare_norms.py configs/sweeps/digits.yml --jobs 2 --sweeps
 
-.PHONY: help setup check-gpu demo demo-classification results-classification results-ablation results-condensation results-detection test test-all lint lock clean
+.PHONY: help setup check-gpu demo demo-classification results-classification results-ablation results-condensation results-detection results-padding test test-all docs dist lint lock clean
 
 help:
 	@echo 'make demo   train a small Mask R-CNN with UBN on real digits and evaluate it (results in work_dirs/demo)'
 	@echo 'make demo-classification   train a small ResNet with BN and with UBN on real digits and compare them'
-	@echo 'make results-NAME   the runs of docs/results.md; NAME is classification, ablation, condensation or detection'
+	@echo 'make results-NAME   the runs of docs/results.md; NAME is classification, ablation, condensation or detection; results-padding those of docs/padding.md'
 	@echo 'make test   run the tests; make test-all also runs the few that take minutes'
 	@echo 'make check-gpu   see whether the layers are right and fast on this GPU, with a PYTHON that has torch, Triton, pytest'
+	@echo 'make docs   build the pages and the API reference as a site (work_dirs/docs/index.html)'
 	@echo 'make lint   run ruff, codespell and mypy'
+	@echo 'make dist   build wheel and sdist into dist/, install the wheel in a new environment and train with it'
 	@echo 'make setup  only make the environment ($(VENV)); VENV=dir and PYTHON=python3.x choose another'
 	@echo 'make lock   resolve requirements/*.in again (needs uv)'
 
@@ -50,6 +52,11 @@ results-detection: results-classification
 	$(BIN)/python tools/dataset_converters/digits_to_coco.py data/digits-150 --num-train 150
 	$(RESULTS) detection-from-scratch detection-handed-over
 
+results-padding: setup
+	$(BIN)/python tools/dataset_converters/digits_to_coco.py data/digits
+	OMP_NUM_THREADS=1 $(BIN)/python tools/analysis_tools/compare_norms.py configs/sweeps/padding.yml --jobs 2
+	OMP_NUM_THREADS=1 $(BIN)/python tools/analysis_tools/measure_padding.py configs/sweeps/padding.yml --pad 256
+
 test: setup
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) -m 'not slow' $(PYTEST_ARGS)
 
@@ -60,16 +67,25 @@ test-all: setup
 check-gpu:
 	@PATH='$(USER_PATH)' $(PYTHON) tools/check_gpu.py $(CHECK_ARGS)
 
+docs: setup
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs . work_dirs/docs
+	@echo "the site: $(abspath work_dirs/docs/index.html)"
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/mypy
 
+dist: setup
+	$(BIN)/python tools/check_dist.py
+
 # opencv-python needs libGL, which a bare machine lacks; opencv-python-headless gives the same module without it.
+# pip, which openmim asks for, is that of the environment.
 # === keeps pip from preferring a local build of torch, such as +cpu, beside which torchvision would not import.
 lock:
-	uv pip compile --universal --python-version 3.10 --no-build-isolation --no-annotate --no-emit-package opencv-python \
+	uv pip compile --universal --python-version 3.10 --no-build-isolation --no-annotate \
+	    --no-emit-package opencv-python --no-emit-package pip \
 	    --custom-compile-command 'make lock' --upgrade requirements/lock.in -o requirements/lock.txt
 	sed -i -E 's/^(torch|torchvision)==/\1===/' requirements/lock.txt
 	uv pip compile --universal --python-version 3.10 --no-annotate --custom-compile-command 'make lock' \

@@ -11,7 +11,7 @@ _HAS_MMENGINE = check_environment()
 
 from mmubn.convert import convert_norms  # noqa: E402 - only after torch is known to be there
 from mmubn.deploy import FoldedUBN, fold  # noqa: E402
-from mmubn.layers import BNET, IEBN, RBN, UBN, SyncUBN, UnitizedBN, convert_state_dict  # noqa: E402
+from mmubn.layers import BNET, IEBN, RBN, UBN, SyncUBN, UnitizedBN, convert_state_dict, image_areas  # noqa: E402
 from mmubn.openmmlab import patches  # noqa: E402
 from mmubn.ops import backend_info, use_backend  # noqa: E402
 from mmubn.version import __version__  # noqa: E402
@@ -29,6 +29,7 @@ __all__ = [
     'convert_norms',
     'convert_state_dict',
     'fold',
+    'image_areas',
     'use_backend',
 ]
 

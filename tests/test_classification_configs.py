@@ -14,6 +14,7 @@ import pytest
 import torch
 import torchvision
 import yaml
+from helpers import is_third_norm
 from mmcv.cnn import build_norm_layer
 from mmengine.config import Config
 from mmengine.hooks import Hook
@@ -28,10 +29,12 @@ from mmubn import BNET, IEBN, RBN, UBN, UnitizedBN
 from mmubn.openmmlab.config_checks import check_norm_types, check_norms_used
 from mmubn.openmmlab.errors import ConfigError
 from mmubn.openmmlab.hooks.class_count import ClassCountHook
+from mmubn.openmmlab.own_configs import PREFIX, find_config
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ('imagenet', 'cifar10', 'cifar100')
-CONFIGS = [path for folder in FOLDERS for path in sorted((ROOT / 'configs' / folder).glob('*.py'))]
+ALL = [path for folder in FOLDERS for path in sorted((ROOT / 'configs' / folder).glob('*.py'))]
+CONFIGS = [path for path in ALL if not is_third_norm(path)]  # test_third_norm_configs.py has the others
 SWEEPS = yaml.safe_load((ROOT / 'configs/sweeps/paper.yml').read_text())['sweeps']
 
 # The rows of the paper's tables 2 to 4, and UnitizedBN.
@@ -213,7 +216,7 @@ def test_sweep(name):
     for path in sweep['configs']:
         batch_sizes, norms = set(), set()
         for options in options_of(sweep):
-            cfg = load(ROOT / path)
+            cfg = load(find_config(path))
             cfg.merge_from_dict(options)
             for key, value in options.items():
                 node = cfg
@@ -227,7 +230,7 @@ def test_sweep(name):
 
 def test_the_first_component_is_batch_norm():
     sweep = SWEEPS['components']
-    cfg = load(ROOT / sweep['configs'][0])
+    cfg = load(find_config(sweep['configs'][0]))
     cfg.merge_from_dict(sweep['variants']['BN'])
     layer, expected = build_norm_layer(cfg.model.backbone.norm_cfg, 4)[1], nn.BatchNorm2d(4)
     x = torch.randn(5, 4, 3, 3)
@@ -237,7 +240,7 @@ def test_the_first_component_is_batch_norm():
 @pytest.mark.parametrize('folder', FOLDERS)
 def test_readme_has_every_config(folder):
     text = (ROOT / 'configs' / folder / 'README.md').read_text()
-    assert set(re.findall(r'\]\(([\w-]+\.py)\)', text)) == {path.name for path in CONFIGS if path.parent.name == folder}
+    assert set(re.findall(r'\]\(([\w-]+\.py)\)', text)) == {path.name for path in ALL if path.parent.name == folder}
 
 
 # Stands in for the tools and for Python: notes its arguments and makes what a training leaves behind.
@@ -250,7 +253,7 @@ case $0 in
     work_dir=work_dirs/$(basename "$1" .py)
     if [ "$3" = --work-dir ]; then work_dir=$4; fi
     mkdir -p "$work_dir"
-    touch "$work_dir"/epoch_{12,90,200}.pth
+    touch "$work_dir"/epoch_{12,90,100,200}.pth
     ;;
 *dist_test.sh) test -f "$1" && test -f "$2" ;;
 *python) for path in "$@"; do case $path in work_dirs/*) test -d "$path" ;; *.py) test -f "$path" ;; esac; done ;;
@@ -288,11 +291,13 @@ def test_the_commands_of_the_tables(tmp_path):
         for depth in (50, 101)
         for norm in ('bn', 'ubn')
     }
-    assert trained == expected | detectors
+    third = [path for path in (ROOT / 'configs').glob('*/*.py') if is_third_norm(path)]
+    gpus = {str(path.relative_to(ROOT)): 4 if '_4xb256_' in path.stem else 8 for path in third}
+    assert trained == expected | detectors | gpus
     # Table 7, and two ablations.
     varied = [(line[1], line[-1]) for line in runs if '--cfg-options' in line]
     table_7 = [
-        (path, f'{key}={value}')
+        (path.replace(PREFIX, 'configs/'), f'{key}={value}')
         for name in ('batch-size-cifar10', 'batch-size-cifar100')
         for path in SWEEPS[name]['configs']
         for options in options_of(SWEEPS[name])
@@ -301,8 +306,8 @@ def test_the_commands_of_the_tables(tmp_path):
     assert varied[: len(table_7)] == table_7
     assert len(varied) == len(table_7) + 2
     assert {path.name for path in (tmp_path / 'checkpoints').iterdir()} == {
-        f'resnet{depth}-{norm}_in1k.pth' for depth in (50, 101) for norm in ('bn', 'ubn')
-    }
+        f'resnet{depth}-{norm}_in1k.pth' for depth in (50, 101) for norm in ('bn', 'ubn', 'bnet3-k3', 'bnet3-k5')
+    } | {'resnet50-bnet3-k7_in1k.pth', 'resnet50-ubn3_in1k.pth'}
 
 
 @DATASETS.register_module()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import is_third_norm
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
@@ -12,8 +13,13 @@ from torch import nn
 from mmubn import UBN
 
 ROOT = Path(__file__).resolve().parent.parent
-# test_detectors.py and test_classification_configs.py have the others.
-COCO_CONFIGS = sorted(path for name in ('faster', 'mask') for path in (ROOT / 'configs').glob(f'{name}_rcnn/*.py'))
+# test_detectors.py, test_classification_configs.py and test_third_norm_configs.py have the others.
+COCO_CONFIGS = sorted(
+    path
+    for name in ('faster', 'mask')
+    for path in (ROOT / 'configs').glob(f'{name}_rcnn/*.py')
+    if not is_third_norm(path)
+)
 CONFIGS = [*COCO_CONFIGS, *sorted((ROOT / 'configs' / 'digits').glob('*-rcnn*.py'))]
 LAYERS = {'r18': 20, 'r50': 53, 'r101': 104}
 

@@ -11,7 +11,8 @@ from mmengine.runner import Runner
 from torch import nn
 from torch._utils import ExceptionWrapper
 
-from mmubn.cli.messages import LENGTH, first_cause, one_line_of
+from mmubn.cli.messages import LENGTH, first_cause, one_line_of, with_place
+from mmubn.openmmlab.errors import ConfigError
 
 
 def message_of(function, *arguments):
@@ -201,3 +202,32 @@ class TestOthers:
         error = ImportError('in one line:\nno module')
         error.__cause__ = ModuleNotFoundError('my_norms')
         assert first_cause(error) == 'in one line: no module (my_norms)'
+
+
+class TestWithPlace:
+    """Of an error of this package: its words, and the key of what was built."""
+
+    def test_convert_norms(self):
+        part = dict(type='ConvertNorms', module=dict(type='PartOfAModel'), norm_cfg=dict(type='UBN'), where='*.bn3')
+        cfg = Config(dict(model=dict(type='ConvertsAPart', part=part)))
+        with pytest.raises(ConfigError) as error:
+            build_model(cfg)
+        assert (
+            with_place(error.value) == 'model.part: ConvertNorms of PartOfAModel: this PartOfAModel has no BatchNorm.'
+        )
+
+    def test_elsewhere(self):
+        with pytest.raises(ConfigError) as error:
+            raise ConfigError('model.norm_cfg has no type.')
+        assert with_place(error.value) == 'model.norm_cfg has no type.'
+
+
+@MODELS.register_module()
+class ConvertsAPart(nn.Module):
+    def __init__(self, part):
+        super().__init__()
+        self.part = MODELS.build(part)
+
+
+def build_model(cfg):
+    return MODELS.build(cfg.model)

@@ -16,6 +16,7 @@ from mmubn.openmmlab.config_checks import (
     check_norm_types,
     check_norms_used,
 )
+from mmubn.openmmlab.config_types import name_types
 
 
 class TestNormTypes:
@@ -169,6 +170,35 @@ class TestNormsUsed:
     def test_of_others(self, norm):
         """A norm of mmcv may be frozen, synchronised or unused: this package does not judge."""
         check_norms_used(Config(dict(model=dict(backbone=dict(norm_cfg=dict(type=norm))))), Net([nn.Identity]))
+
+    @pytest.mark.parametrize('norm', ['UBN', UBN])
+    def test_norm_layer_of_timm(self, norm):
+        """The key of MMPretrain's TIMMBackbone; other types may have an argument of this name for something else."""
+        pytest.importorskip('timm')
+        backbone = dict(type='TIMMBackbone', model_name='resnet18', norm_layer=norm)
+        cfg = Config(dict(default_scope='mmpretrain', model=dict(backbone=backbone, neck=dict(norm_layer='UBN'))))
+        name_types(cfg)
+        assert cfg.model.backbone.norm_layer == 'UBN'
+        check_norm_types(cfg)
+        check_norm_arguments(cfg)
+        check_norms_used(cfg, Net([UBN]))
+        error = (
+            r'model\.backbone\.norm_layer asks for UBN, but Sequential makes its layer 0 a BatchNorm2d: use a network '
+        )
+        with pytest.raises(
+            ConfigError, match=error + 'that builds all its norms from norm_layer, ConvertNorms, or leave'
+        ):
+            check_norms_used(cfg, Net([nn.BatchNorm2d]))
+        with pytest.raises(ConfigError, match=r'model\.backbone\.norm_layer asks for UBN, but .* has no such layer'):
+            check_norms_used(cfg, Net([nn.LayerNorm]))
+
+    def test_norm_layer_that_is_not_registered(self):
+        """MMPretrain would call None."""
+        pytest.importorskip('timm')
+        backbone = dict(type='mmpretrain.TIMMBackbone', model_name='resnet18', norm_layer='UNB')
+        cfg = Config(dict(default_scope='mmdet', model=dict(backbone=backbone)))
+        with pytest.raises(ConfigError, match=r"model\.backbone\.norm_layer='UNB' is not a registered norm.*mean UBN"):
+            check_norm_types(cfg)
 
     def test_parts_that_the_model_has_not(self):
         check_norms_used(Config(dict(model=dict(neck=dict(norm_cfg=dict(type='UBN'))))), Net([nn.Identity]))

@@ -77,10 +77,13 @@ class TestChanges:
             'sync-bn-torch',
             'sync-bn-mmengine',
             'replaced-norms',
+            'released-names',
             'plain-eps',
             'timm-norm-act',
+            'own-configs',
         ]
         assert [patch.name for patch in PATCHES if patch.when == ON_INSTALL] == [
+            'config-packages',
             'layout-report',
             'model-key',
             'safe-globals',
@@ -107,6 +110,9 @@ class TestModules:
             'mmubn.openmmlab.hooks.feature_condensation',
             'mmubn.openmmlab.hooks.fixed_batch',
             'mmubn.openmmlab.hooks.layer_log',
+            'mmubn.openmmlab.hooks.padding_aware',
+            'mmubn.openmmlab.own_configs',
+            'mmubn.openmmlab.padding',
             'mmubn.openmmlab.patches',
             'mmubn.openmmlab.plain_eps',
             'mmubn.openmmlab.registration',

@@ -12,6 +12,7 @@ ERRORS = {
     'model_converters/convert_norm.py': ['gone.pth', 'new.pth', '--to', 'bn'],
     'analysis_tools/compare_norms.py': ['gone.yml'],
     'analysis_tools/make_report.py': ['gone'],
+    'analysis_tools/measure_padding.py': ['gone.yml', '--pad', '256'],
     'analysis_tools/plot_condensation.py': ['gone', '--out', 'new.png'],
     'analysis_tools/plot_curves.py': ['gone', '--out', 'new.png'],
     'analysis_tools/time_to_accuracy.py': ['--reference', 'gone', '--runs', 'gone'],

@@ -49,7 +49,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=summary, epilog='\n\n'.join(details), formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument('sweeps_file', type=Path, metavar='SWEEPS.yml', help='the sweep file')
+    parser.add_argument(
+        'sweeps_file', type=Path, metavar='SWEEPS.yml', help='the sweep file, or mmubn::sweeps/NAME.yml'
+    )
     parser.add_argument('--sweeps', nargs='+', default=[], metavar='NAME', help='only these of the file')
     parser.add_argument('--seeds', nargs='+', type=int, default=[], help="instead of the file's")
     parser.add_argument('--work-dir', type=Path, help='default: work_dirs/NAME_OF_THE_FILE')
