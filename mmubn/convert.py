@@ -15,7 +15,8 @@ import re
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,7 @@ FOLLOW = {'drop', 'act'}  # children that the output of a norm goes through, in 
 TIMM_MODULE = 'timm.layers.norm_act'
 TIMM_TYPES = {nn.BatchNorm2d: 'BatchNormAct2d', nn.SyncBatchNorm: 'SyncBatchNormAct'}
 TENSORS = {'weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked'}  # of a BatchNorm
+EXPRESSION = 're:'  # before a regular expression, which a string of a config tells from a glob
 LISTED = 3  # names in an error
 
 
@@ -67,8 +69,9 @@ def convert_norms(
     The same in evaluation and, as long as the gate of a UBN is open, in training. Converted are BatchNorm2d,
     SyncBatchNorm, timm's layers of a BatchNorm and its activation, and the norms of this package; a UBN in the place of
     a SyncBatchNorm is a SyncUBN, and a BatchNorm in the place of a SyncUBN a SyncBatchNorm. The new layer keeps the
-    old one's eps and momentum, training mode, device, dtypes, ``requires_grad``, hooks and activation. A layer that is
-    used in several places is one layer in all of them. A norm that is of the type already, with these options, stays.
+    old one's eps and momentum, training mode, device, dtypes, ``requires_grad``, hooks, activation and attributes of
+    your own, of the layer and of its parameters. A layer that is used in several places is one layer in all of them. A
+    norm that is of the type already, with these options, stays.
 
     The logger ``mmubn`` says, at level INFO, how many norms became what, and where.
 
@@ -79,10 +82,11 @@ def convert_norms(
         model: Any module; modified in place, unless it is itself a norm.
         norm: ``'UBN'``, ``'SyncUBN'``, ``'RBN'``, ``'BNET'``, ``'IEBN'`` or ``'UnitizedBN'``, ``'BN'`` or ``'SyncBN'``
             to go back, or the class, which may be one of your own.
-        where: Which norms: a glob over their names, as ``'layer?.*.bn3'`` (``*`` stands for dots too), a compiled
-            regular expression that is searched for in the name, or a function that is given the name and the module.
-            A layer in several places is chosen by any of its names. None: all.
-        strict: Whether a chosen norm that has no exact equal is an error. If not, it stays as it is.
+        where: Which norms: a glob over their names, as ``'layer?.*.bn3'`` (``*`` stands for dots too), a regular
+            expression that is searched for in the name, compiled or as ``'re:^layer[12]'``, or a function that is given
+            the name and the module. A layer in several places is chosen by any of its names. None: all.
+        strict: Whether a chosen norm that has no exact equal is an error. If not, it stays as it is; that all of them
+            would stay is an error all the same.
         **options: Arguments of ``norm``, as ``kernel_size=5``. A norm of this package keeps those of its own that are
             not given here.
 
@@ -117,6 +121,7 @@ class Conversion:
 
     Attributes:
         replacements: In the order of the model.
+        right: Chosen norms that are of the type already, and stay.
         left: Why a chosen norm stays though it is not of the type, by its name.
         summary: Both in words.
     """
@@ -140,23 +145,26 @@ class Conversion:
                     'made from, and trace that.'
                 )
         self._outside = _held_outside(model)
-        self._owners = Counter(id(each) for module in model.modules() for each in module.parameters(recurse=False))
+        self._owners = Counter(id(each) for module in model.modules() for each in _tensors_of(module))
+        self._strict = strict
         self.replacements: list[Replacement] = []
+        self.right: list[nn.Module] = []
         self.left: dict[str, str] = {}
         chosen = _choose(model, where)
         for layer, name in chosen.items():
             self._plan(layer, name)
         if self.left and (strict or len(self.left) == len(chosen)):
             self._refuse(len(chosen))
-        self.summary = self._in_words(len(chosen))
+        self.summary = self._in_words()
 
     def _plan(self, layer: nn.Module, name: str) -> None:
         """Make the new layer, or say why there is none."""
         if self._is_right(layer):
+            self.right.append(layer)
             return
         reason = self._outside.get(layer) or _obstacle(layer)
-        if reason is None and any(self._owners[id(each)] > 1 for each in layer.parameters(recurse=False)):
-            reason = 'it shares a parameter with another module'
+        if reason is None and any(self._owners[id(each)] > 1 for each in _tensors_of(layer)):
+            reason = 'it shares a parameter or a buffer with another module'
         if reason is None:
             try:
                 self.replacements.append(Replacement(name, layer, _new_layer(layer, name, self._norm, self._options)))
@@ -183,19 +191,22 @@ class Conversion:
             f' ({others} more of {chosen} chosen norms cannot either: {_listed(list(self.left)[1:])})' if others else ''
         )
         remedy = '; choose others by where, or leave it as it is by strict=False' if self.replacements else ''
+        remedy = (
+            remedy if self._strict else '; strict=False leaves some as they are, but here nothing would be converted'
+        )
         what = f'{name}, of type {_kind(self._model.get_submodule(name))},' if name else f'this {_kind(self._model)}'
         raise ValueError(
             f'convert_norms: {what} has no exact equal as {_title(self._norm)}: {reason}{more}{remedy}. '
             'Nothing was changed.'
         )
 
-    def _in_words(self, chosen: int) -> str:
+    def _in_words(self) -> str:
         pairs: dict[tuple[str, str], list[str]] = {}
         for name, old, new in self.replacements:
             pairs.setdefault((_kind(old), _kind(new)), []).append(name)
         parts = [f'{len(names)} {old} -> {new}: {_grouped(names)}' for (old, new), names in pairs.items()]
-        if stay := chosen - len(self.replacements) - len(self.left):
-            parts.append(f'{stay} stay as they are')
+        if self.right:
+            parts.append(f'{len(self.right)} stay as they are')
         for reason in dict.fromkeys(self.left.values()):
             names = [name for name, each in self.left.items() if each == reason]
             parts.append(f'{len(names)} left: {_grouped(names)} ({reason})')
@@ -221,10 +232,11 @@ def _find_norm(norm: str | type[nn.Module]) -> type[nn.Module]:
     named: dict[str, type[nn.Module]] = {each.__name__: each for each in NORMS} | BATCH_NORMS
     found = named.get(norm) if isinstance(norm, str) else norm
     if not isinstance(found, type) or not (issubclass(found, UnifiedNorm) or found in BATCH_NORMS.values()):
-        near = difflib.get_close_matches(norm, named, 1) if isinstance(norm, str) else []
+        by_small_letters = {name.lower(): name for name in named}
+        near = difflib.get_close_matches(norm.lower(), by_small_letters, 1) if isinstance(norm, str) else []
         raise ValueError(
             f'convert_norms: norm must be {", ".join(each.__name__ for each in NORMS)}, BN or SyncBN, or the class of '
-            f'a norm of this package, got {norm!r}{f"; did you mean {near[0]}?" if near else "."}'
+            f'a norm of this package, got {norm!r}{f"; did you mean {by_small_letters[near[0]]}?" if near else "."}'
         )
     return found
 
@@ -274,16 +286,31 @@ def _choose(model: nn.Module, where: Where) -> dict[nn.Module, str]:
 def _matcher(where: Where) -> Callable[[str, nn.Module], Any]:
     if where is None:
         return lambda name, module: True
+    if isinstance(where, str) and where.startswith(EXPRESSION):
+        try:
+            where = re.compile(where.removeprefix(EXPRESSION))
+        except re.error as error:
+            raise ValueError(f'convert_norms: where={where!r} is no regular expression: {error}.') from error
     if isinstance(where, str):
         return lambda name, module: fnmatch.fnmatchcase(name, where)
-    if isinstance(where, re.Pattern):
+    if isinstance(where, re.Pattern) and isinstance(where.pattern, str):
         return lambda name, module: where.search(name)
-    if callable(where):
+    if callable(where) and _takes_two(where):
         return where
     raise TypeError(
-        'convert_norms: where must be a glob string, a compiled regular expression, a function of a name and a module, '
-        f'or None, got {where!r}.'
+        "convert_norms: where must be a glob, 're:' and a regular expression, one that is compiled, a function of a "
+        f'name and a module, or None, got {where!r}.'
     )
+
+
+def _takes_two(function: Callable) -> bool:
+    try:
+        inspect.signature(function).bind('', None)
+    except TypeError:
+        return False
+    except ValueError:  # a builtin function, of which nothing is known
+        return True
+    return True
 
 
 def _shown(where: Where) -> str:
@@ -295,6 +322,7 @@ def _near(where: Where, names: list[str]) -> str:
     if isinstance(where, str) and (inside := [name for name in names if fnmatch.fnmatchcase(name, f'{where}.*')]):
         return f'inside it are {_listed(inside)}: write {where + ".*"!r}'
     text = where if isinstance(where, str) else where.pattern if isinstance(where, re.Pattern) else ''
+    text = text.removeprefix(EXPRESSION)
     if not text:
         return f'their names are {_listed(names)}'
     # Of a hundred names that differ in the numbers on the way, the first is enough.
@@ -334,23 +362,51 @@ def _is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) or {'running_mean', 'running_var'} <= module._buffers.keys()
 
 
+def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """Its own parameters and buffers."""
+    return (each for each in (*module._parameters.values(), *module._buffers.values()) if each is not None)
+
+
 def _held_outside(model: nn.Module) -> dict[nn.Module, str]:
     """Norms that a module holds beside its children, in an attribute or a list: the old one would stay in use there."""
     held: dict[nn.Module, str] = {}
+    inside = set(model.modules())
     for name, module in model.named_modules():
         for key, value in vars(module).items():
             if key in ('_modules', '_parameters', '_buffers'):
                 continue
-            values = (
-                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
-            )
-            for each in values:
-                if isinstance(each, nn.Module) and _is_batch_norm(each):
-                    place = f'{name}.{key}'.removeprefix('.')
-                    held[each] = (
-                        f'{place} holds it too, outside of the modules of the model, and would keep the old one'
-                    )
+            for each in _modules_in(value, set()):
+                # Of a module that is no part of the model, all that it has; of one that is, what it has is looked at.
+                for norm in [each] if each in inside else each.modules():
+                    if _is_batch_norm(norm) and norm is not module:
+                        place = f'{name}.{key}'.removeprefix('.')
+                        held[norm] = (
+                            f'{place} holds it too, outside of the modules of the model, and would keep the old one'
+                        )
     return held
+
+
+def _modules_in(value: Any, seen: set[int]) -> Iterator[nn.Module]:
+    """The modules in an attribute, its containers and methods; what a closure holds is not seen."""
+    if id(value) in seen:
+        return
+    if isinstance(value, nn.Module):
+        yield value
+        return
+    parts: Iterable[Any] = ()
+    if isinstance(value, Mapping):
+        parts = value.values()
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        parts = value
+    elif isinstance(value, functools.partial):
+        parts = (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, MethodType):
+        parts = (value.__self__,)
+    else:
+        return
+    seen.add(id(value))
+    for part in parts:
+        yield from _modules_in(part, seen)
 
 
 def _obstacle(layer: nn.Module) -> str | None:
@@ -369,8 +425,8 @@ def _obstacle(layer: nn.Module) -> str | None:
     if isinstance(layer, UnifiedNorm):
         if type(layer) not in NORMS:
             return 'a type of your own may do more than its tensors say'
-    elif not _has_known_forward(layer):
-        return 'it has a forward of its own'
+    elif (own := _own_method(layer)) is not None:
+        return f'it has a {own} of its own'
     if layer._parameters.get('weight') is None or layer._parameters.get('bias') is None:
         return 'it has no weight or bias (affine=False, bias=False)'
     if tensors.get('running_mean') is None or tensors.get('running_var') is None:
@@ -386,14 +442,22 @@ def _obstacle(layer: nn.Module) -> str | None:
     return None
 
 
-def _has_known_forward(layer: nn.Module) -> bool:
-    """Whether it computes as torch's norms do, or as timm's, which then go through ``drop`` and ``act``."""
-    if 'forward' in vars(layer):
-        return False
-    owner = next(each for each in type(layer).__mro__ if 'forward' in vars(each))
-    if owner.__module__.partition('.')[0] == 'timm':
-        return owner.__name__ in TIMM_TYPES.values() and layer._modules.keys() == FOLLOW
-    return owner in (_BatchNorm, nn.SyncBatchNorm) and not layer._modules
+def _own_method(layer: nn.Module) -> str | None:
+    """A method by which it does not compute, or switch to evaluation, as torch's norms do; ``drop`` and ``act`` of
+    timm's, which follow the norm, are known."""
+    for name in ('forward', '__call__', 'train', 'eval'):
+        if name in vars(layer):
+            return name
+        owner = next(each for each in type(layer).__mro__ if name in vars(each))
+        if owner.__module__.partition('.')[0] == 'timm':
+            if owner.__name__ not in TIMM_TYPES.values() or layer._modules.keys() != FOLLOW:
+                return name
+        elif name == 'forward':
+            if owner not in (_BatchNorm, nn.SyncBatchNorm) or layer._modules:
+                return name
+        elif owner is not nn.Module:
+            return name
+    return None
 
 
 # --- the new layer ----------------------------------------------------------------------------------------------------
@@ -441,13 +505,18 @@ def _new_layer(layer: Any, name: str, norm: type[nn.Module], options: dict[str, 
     for key, parameter in new._parameters.items():
         if parameter is not None:
             like = layer._parameters.get(key)
-            parameter.requires_grad_((layer.weight if like is None else like).requires_grad)
+            like = layer.weight if like is None else like  # what a norm adds is treated as its weight
+            parameter.requires_grad_(like.requires_grad)
+            vars(parameter).update(vars(like))  # marks of the user, as for groups of an optimizer
     new.track_running_stats = layer.track_running_stats  # an attribute that others switch
     new.training = layer.training
+    known = vars(type(layer)(1) if isinstance(layer, UnifiedNorm) else nn.SyncBatchNorm(1))
     for key, value in vars(layer).items():
         # The dicts themselves: the handles of the hooks know them.
         if key.endswith(('_hooks', '_hooks_with_kwargs', '_hooks_always_called')) or key == '_is_full_backward_hook':
             vars(new)[key] = value
+        elif not key.startswith('_') and key not in known:
+            setattr(new, key, value)
     return new
 
 

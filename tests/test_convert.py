@@ -578,8 +578,20 @@ class TestWhere:
         with pytest.raises(ValueError, match=message):
             convert_norms(model, 'UBN', where)
 
+    @pytest.mark.parametrize('where', [re.compile(b'1'), lambda name: True, lambda: True, b'*.bn1', [1]], ids=repr)
+    def test_of_a_wrong_kind(self, where):
+        with pytest.raises(TypeError, match=r"where must be a glob, 're:' and a regular expression, .* got"):
+            convert_norms(nn.BatchNorm2d(3), where=where)
+
+    def test_an_expression_of_a_config(self):
+        with torch.device('meta'):
+            model = convert_norms(torchvision.models.resnet18(), where='re:^layer[12].*bn2$')
+        assert len(norms(model, UBN)) == 4
+        with pytest.raises(ValueError, match=r"where='re:\(' is no regular expression: "):
+            convert_norms(model, where='re:(')
+
     def test_of_another_type(self):
-        with pytest.raises(TypeError, match=r'where must be a glob string, .* got 3'):
+        with pytest.raises(TypeError, match=r'where must be a glob, .* got 3'):
             convert_norms(nn.BatchNorm2d(3), where=3)
 
 
@@ -667,7 +679,7 @@ class TestObstacles:
     def test_a_shared_parameter(self):
         model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
         model[1].weight = model[0].weight
-        with pytest.raises(ValueError, match='it shares a parameter with another module'):
+        with pytest.raises(ValueError, match='it shares a parameter or a buffer with another module'):
             convert_norms(model)
 
     def test_held_in_a_list(self):
@@ -680,10 +692,63 @@ class TestObstacles:
         convert_norms(model, strict=False)
         assert (type(model.bn), type(model.block[1])) == (nn.BatchNorm2d, UBN)
 
+    @pytest.mark.parametrize(
+        'hold',
+        [
+            lambda norm: [[norm]],
+            lambda norm: {'a': [norm]},
+            lambda norm: {norm},
+            lambda norm: (0, functools.partial(norm)),
+            lambda norm: functools.partial(max, key=norm),
+            lambda norm: norm.forward,
+            lambda norm: [nn.Sequential(norm)],
+        ],
+    )
+    def test_held_in_anything(self, hold):
+        model = Net(nn.BatchNorm2d)
+        object.__setattr__(model, 'held', hold(model.bn))
+        with pytest.raises(ValueError, match=r'bn, of type BatchNorm2d, .*: held holds it too, outside of the modules'):
+            convert_norms(model)
+
+    def test_held_in_a_ring(self):
+        model = Net(nn.BatchNorm2d)
+        model.ring = [model]
+        model.ring.append(model.ring)
+        assert type(convert_norms(model).bn) is UBN
+
+    @pytest.mark.parametrize('method', ['forward', '__call__', 'train', 'eval'])
+    def test_a_method_of_its_own(self, method):
+        own = type('Own', (nn.BatchNorm2d,), {method: lambda self, *args: None})
+        with pytest.raises(ValueError, match=f'it has a {method} of its own'):
+            convert_norms(own(3))
+
+    def test_a_shared_buffer(self):
+        model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+        model[1].running_mean = model[0].running_mean
+        with pytest.raises(ValueError, match='it shares a parameter or a buffer with another module'):
+            convert_norms(model)
+
+    def test_strict_is_no_way_out_where_nothing_is_left(self):
+        with pytest.raises(
+            ValueError, match='strict=False leaves some as they are, but here nothing would be converted'
+        ):
+            convert_norms(nn.Sequential(nn.BatchNorm1d(3)), strict=False)
+
     def test_a_lazy_one_after_a_batch(self):
         model = nn.Sequential(nn.LazyBatchNorm2d())
         model(batch((2, 4, 5, 5)))
         assert convert_norms(model)[0].num_features == 4
+
+
+def test_attributes_of_the_user_are_kept():
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    model[0].tag = 'mine'
+    model[0].weight.no_decay = True
+    for norm in ('UBN', 'BNET', 'BN'):
+        convert_norms(model, norm)
+        assert (model[0].tag, model[0].weight.no_decay) == ('mine', True)
+        assert not hasattr(model[0].bias, 'no_decay')
+    assert vars(model[0]).keys() == vars(nn.BatchNorm2d(3)).keys() | {'tag'}
 
 
 class TestArguments:

@@ -10,7 +10,6 @@ backbone = dict(
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from mmengine.logging import print_log
@@ -23,12 +22,14 @@ from mmubn.openmmlab.errors import ConfigError
 
 __all__ = ['ConvertNorms']
 
-EXPRESSION = 're:'  # before a regular expression, which a string of a config tells from a glob
-
 
 @MODELS.register_module(name=CONVERT_NORMS)
 def ConvertNorms(  # noqa: N802 - a type of configs, as classes are
-    module: dict, norm_cfg: dict, where: Where = None, strict: bool = True, data_preprocessor: dict | None = None
+    module: dict | None = None,
+    norm_cfg: dict | None = None,
+    where: Where = None,
+    strict: bool = True,
+    data_preprocessor: dict | None = None,
 ) -> nn.Module:
     """Build ``module`` and replace norms of it by others of the same function (:func:`mmubn.convert_norms`).
 
@@ -37,7 +38,7 @@ def ConvertNorms(  # noqa: N802 - a type of configs, as classes are
 
     Args:
         module: Config of the module, built in the scope of the config.
-        norm_cfg: Type and options of the norm. ``requires_grad=False`` freezes the new norms, as in mmcv; with True
+        norm_cfg: Type and options of the norm. ``requires_grad=False`` freezes the chosen norms, as in mmcv; with True
             they are as frozen as those they replace.
         where: Which norms, by their names in the module: a glob, or ``re:`` and a regular expression that is searched
             for in the name, as ``'re:^layer[12]'``. None: all.
@@ -52,11 +53,10 @@ def ConvertNorms(  # noqa: N802 - a type of configs, as classes are
         raise ConfigError(
             f'ConvertNorms needs module=dict(type=...) and norm_cfg=dict(type=...), got {module!r} and {norm_cfg!r}.'
         )
-    if isinstance(where, str) and where.startswith(EXPRESSION):
-        try:
-            where = re.compile(where.removeprefix(EXPRESSION))
-        except re.error as error:
-            raise ConfigError(f'ConvertNorms: where={where!r} is no regular expression: {error}.') from error
+    requires_grad = norm_cfg.get('requires_grad', True)
+    for name, value in (('strict', strict), ('norm_cfg.requires_grad', requires_grad)):
+        if not isinstance(value, bool):
+            raise ConfigError(f'ConvertNorms: {name} must be True or False, got {value!r}.')
     options: dict[str, Any] = {key: value for key, value in norm_cfg.items() if key not in ('type', 'requires_grad')}
     with MODELS.switch_scope_and_registry(None) as registry:  # that of the config
         norm = find_type(norm_cfg['type'], registry)
@@ -70,7 +70,7 @@ def ConvertNorms(  # noqa: N802 - a type of configs, as classes are
         text = str(error).removeprefix('convert_norms: ')
         raise ConfigError(f'ConvertNorms of {type(built).__name__}: {text}') from error
     print_log(f'mmubn: ConvertNorms of {type(built).__name__}: {conversion.summary}', logger='current')
-    if norm_cfg.get('requires_grad') is False:
-        for replacement in conversion.replacements:
-            replacement.new.requires_grad_(False)
+    if not requires_grad:
+        for norm in (*(each.new for each in conversion.replacements), *conversion.right):
+            norm.requires_grad_(False)
     return conversion.apply()

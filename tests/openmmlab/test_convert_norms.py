@@ -127,6 +127,12 @@ class TestBackbone:
         assert {p.requires_grad for p in ours.layer2[0].bn3.parameters()} == {trained}
         assert {p.requires_grad for p in ours.layer1[0].bn3.parameters()} == {False}
 
+    def test_norms_of_the_type_are_frozen_too(self):
+        module = resnet(norm_cfg=dict(type='BNET', kernel_size=5))
+        ours = MODELS.build(backbone(norm_cfg=dict(BNET5, requires_grad=False), module=module))
+        assert not any(p.requires_grad for p in ours.layer2[0].bn3.parameters())
+        assert all(p.requires_grad for p in ours.layer2[0].bn2.parameters())
+
     def test_conv_module(self):
         module = dict(type='mmdet.CSPDarknet', deepen_factor=0.33, widen_factor=0.125, norm_cfg=dict(type='SyncBN'))
         ours = MODELS.build(backbone(where=None, norm_cfg=dict(type='UBN'), module=module))
@@ -162,8 +168,10 @@ class TestBackbone:
                 r"^ConvertNorms of ResNet: where='\*\.bn4' chooses none of the 53 BatchNorms of this ResNet; near",
             ),
             (dict(where='re:*bn3'), r"where='re:\*bn3' is no regular expression: nothing to repeat"),
-            (dict(where='re:bn4$'), r"where=re\.compile\('bn4\$'\) chooses none of the 53"),
+            (dict(where='re:bn4$'), r"where='re:bn4\$' chooses none of the 53"),
             (dict(norm_cfg=dict(type='BNETT')), r"norm_cfg\.type='BNETT' is not a registered norm"),
+            (dict(strict='False'), "ConvertNorms: strict must be True or False, got 'False'"),
+            (dict(norm_cfg=dict(type='BNET', requires_grad='no')), "requires_grad must be True or False, got 'no'"),
             (dict(norm_cfg=dict(type='GN')), r'norm must be UBN, .*GroupNorm'),
             (dict(norm_cfg=dict(type='BNET', eps=1e-3)), 'eps is no option'),
             (
