@@ -28,6 +28,8 @@ autodoc_typehints_description_target = 'documented'
 napoleon_numpy_docstring = False
 
 html_theme = 'furo'
+html_static_path = ['site.css']
+html_css_files = ['site.css']
 html_title = f'mmubn {version}'
 html_extra_path = ['index.html']
 html_show_copyright = False

@@ -57,14 +57,15 @@ def build(**bbox_head):
     return cfg, detector
 
 
-def images():
-    return [torch.randint(0, 256, (1, 3, *SIZE), generator=torch.Generator().manual_seed(i)).float() for i in range(3)]
+def images(size=SIZE):
+    return [torch.randint(0, 256, (1, 3, *size), generator=torch.Generator().manual_seed(i)).float() for i in range(3)]
 
 
 @torch.no_grad()
 def of_mmdetection(detector, image):
     """What MMDetection predicts for an image of its inference pipeline."""
-    sample = DetDataSample(metainfo=dict(img_shape=SIZE, ori_shape=SIZE, scale_factor=(1.0, 1.0)))
+    size = tuple(image.shape[2:])
+    sample = DetDataSample(metainfo=dict(img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0)))
     found = detector.test_step(dict(inputs=[image[0]], data_samples=[sample]))[0].pred_instances
     return found.bboxes, found.scores, found.labels
 
@@ -74,11 +75,15 @@ def above(threshold, outputs):
     return tuple(each[scores > threshold] for each in (boxes, scores, labels))
 
 
-@pytest.mark.parametrize('agnostic', [False, True], ids=['a box for each class', 'one for all'])
-def test_the_program_is_mmdetection_s_prediction(program, agnostic):
+@pytest.mark.parametrize(
+    ('agnostic', 'size'),
+    [(False, SIZE), (True, SIZE), (False, (90, 101))],
+    ids=['a box for each class', 'one for all', 'a size that is padded'],
+)
+def test_the_program_is_mmdetection_s_prediction(program, agnostic, size):
     """Without folding and exporting."""
     _, detector = build(reg_class_agnostic=agnostic)
-    for image in images():
+    for image in images(size):
         expected = of_mmdetection(detector, image)
         assert len(expected[0]) > 5
         assert len(set(expected[2].tolist())) > 1
@@ -86,6 +91,12 @@ def test_the_program_is_mmdetection_s_prediction(program, agnostic):
             found = above(detector.test_cfg.rcnn.score_thr, program.Detections(detector)(image))
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+
+
+def test_another_detector_is_an_error(program):
+    init_default_scope('mmdet')
+    with pytest.raises(TypeError, match='expected a Faster or Mask R-CNN, got a ResNet'):
+        program.Detections(ResNet(18))
 
 
 @pytest.mark.slow
