@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections import Counter, OrderedDict
@@ -28,7 +29,7 @@ from mmubn.checkpoints.layouts import (
     Layout,
     find_layout,
 )
-from mmubn.checkpoints.names import with_own_names
+from mmubn.checkpoints.names import find_released_names, released_name, with_own_names
 from mmubn.functional import depthwise_kernel
 
 __all__ = ['Norm', 'Target', 'convert_state_dict', 'read_norm', 'write_norm']
@@ -65,10 +66,16 @@ class Target(NamedTuple):
 
 
 @torch.no_grad()
-def convert_state_dict(state_dict: Mapping, to: str, calibrate_bias: bool = False) -> tuple[OrderedDict, Counter[str]]:
-    """A state dict in which every norm layer with running statistics has the layout ``to``; the rest as it is.
+def convert_state_dict(
+    state_dict: Mapping, to: str, calibrate_bias: bool = False
+) -> tuple[OrderedDict, Counter[str], int]:
+    """A state dict in which the norm layers with running statistics have the layout ``to``; the rest as it is.
 
-    A layer that has the name of BNET's networks, ``bnet3``, is ``bn3`` in the result, unless that is of their layout.
+    Where all of them are plain BatchNorm, all are converted. Where only some are, these stay: a network that has its
+    norms in some places, as BNET's have in the third of each bottleneck, keeps them there.
+
+    In the layout ``bnet-released`` a converted layer ``bn3`` has its name in BNET's networks, ``bnet3``; in any other
+    it is ``bn3``. Entries keep the dtype of the layer that they were read from.
 
     Args:
         state_dict: Not modified; tensors that do not change are shared with it.
@@ -76,7 +83,7 @@ def convert_state_dict(state_dict: Mapping, to: str, calibrate_bias: bool = Fals
         calibrate_bias: The argument of the UBN layers that were saved, or that will load the result.
 
     Returns:
-        The new state dict, and how many layers had which layout.
+        The new state dict, how many of the converted layers had which layout, and how many BatchNorms stayed.
 
     Raises:
         CheckpointError: A layer is of no layout, or has no exact equal in the layout ``to``. Names the layer and why.
@@ -84,22 +91,37 @@ def convert_state_dict(state_dict: Mapping, to: str, calibrate_bias: bool = Fals
     layout = LAYOUTS[to]
     names = {layout.names.get(key, key): key for key in (*layout.keys, *itertools.chain(*layout.options))}
     calibrates = calibrate_bias if layout.calibrates_bias is None else layout.calibrates_bias
-    state_dict = state_dict if to == 'bnet-released' else with_own_names(state_dict)
+    in_file = {own: key for key, own in find_released_names(state_dict).items()}
+    state_dict = with_own_names(state_dict)
+    norms = {prefix: entries_under(state_dict, prefix) for prefix in _norm_prefixes(state_dict)}
+    plain = {prefix for prefix, tensors in norms.items() if _is_plain(tensors)}
+    kept = plain if len(plain) < len(norms) else set()
     layers: dict[str, dict[str, Tensor]] = {}
     owner: dict[str, str] = {}  # key -> prefix of its layer
     counts: Counter[str] = Counter()
-    for prefix in dict.fromkeys(_norm_prefixes(state_dict)):
-        tensors = entries_under(state_dict, prefix)
-        source = find_layout(tensors, prefix)
-        norm = read_norm(tensors, source, prefix, tensors['running_mean'].numel(), calibrate_bias)
-        # A kernel of 1 would fit no layer with the default kernel_size.
-        kernel_size = max(3, norm.kernel.shape[-1]) if names.keys() & {'kernel', 'neighbor_weight'} else 1
-        target = Target(f'the layout of {layout.title}', names.keys(), layout.scaling, kernel_size, calibrates)
+    for prefix, tensors in norms.items():
+        if prefix in kept:
+            continue
+        try:
+            source = find_layout(tensors, prefix)
+            norm = read_norm(tensors, source, prefix, tensors['running_mean'].numel(), calibrate_bias)
+            # A kernel of 1 would fit no layer with the default kernel_size.
+            kernel_size = max(3, norm.kernel.shape[-1]) if names.keys() & {'kernel', 'neighbor_weight'} else 1
+            target = Target(f'the layout of {layout.title}', names.keys(), layout.scaling, kernel_size, calibrates)
+            entries = _rounded(write_norm(norm, target, prefix), norm, tensors)
+        except CheckpointError as error:
+            theirs = next((in_file[prefix + key] for key in tensors if prefix + key in in_file), None)
+            if theirs is None:
+                raise
+            raise CheckpointError(f'{error} The file has it under {theirs.rpartition(".")[0]}.') from error
+        new_prefix = released_name(prefix) if to == 'bnet-released' else prefix
         layers[prefix] = {}
-        for name, tensor in write_norm(norm, target, prefix).items():
+        for name, tensor in entries.items():
             key = names.get(name, name)
             vector = layout.released and key in VECTORS
-            layers[prefix][prefix + key] = tensor.reshape(1, -1, 1, 1) if vector else tensor
+            layers[prefix][new_prefix + key] = tensor.reshape(1, -1, 1, 1) if vector else tensor
+        # As state_dict() has it: those of a convolution in the layer, bnconv, come last.
+        layers[prefix] = dict(sorted(layers[prefix].items(), key=lambda item: item[0].count('.')))
         owner |= {prefix + key: prefix for key in tensors}
         counts[source.title] += 1
 
@@ -107,8 +129,8 @@ def convert_state_dict(state_dict: Mapping, to: str, calibrate_bias: bool = Fals
     for key, value in state_dict.items():
         converted.update(layers[owner[key]] if key in owner else {key: value})
     if hasattr(state_dict, '_metadata'):
-        converted._metadata = state_dict._metadata  # type: ignore[attr-defined, union-attr] # as state_dict() of a module has it
-    return converted, counts
+        converted._metadata = state_dict._metadata  # type: ignore[attr-defined] # as state_dict() of a module has it
+    return converted, counts, len(kept)
 
 
 def _norm_prefixes(state_dict: Mapping) -> Iterable[str]:
@@ -116,6 +138,21 @@ def _norm_prefixes(state_dict: Mapping) -> Iterable[str]:
         prefix, dot, name = key.rpartition('.')
         if name in STATISTICS:
             yield prefix + dot
+
+
+def _is_plain(tensors: Mapping) -> bool:
+    """Whether these are the keys of a BatchNorm. Of a layer that has lost keys, only its conversion tells."""
+    return tensors.keys() - {BATCH_COUNT} == {*LAYOUTS['bn'].keys, *STATISTICS}
+
+
+def _rounded(entries: Mapping[str, Tensor], norm: Norm, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries in the dtype of the layer's parameters, which :func:`write_norm` computes in float32 at least."""
+    parameters = [tensor.dtype for key, tensor in tensors.items() if key not in (*STATISTICS, *SCALARS)]
+    dtype = functools.reduce(torch.promote_types, parameters)
+    dtypes = {key: buffer.dtype for key, buffer in norm.buffers.items()}
+    # That of a fresh layer has the dtype of its statistics.
+    dtypes.setdefault('running_similarity', norm.buffers['running_mean'].dtype)
+    return {key: tensor.to(dtypes.get(key, dtype)) for key, tensor in entries.items()}
 
 
 def entries_under(state_dict: Mapping, prefix: str) -> dict[str, Any]:
@@ -244,15 +281,22 @@ def _resize(kernel: Tensor, norm: Norm, target: Target, prefix: str) -> Tensor:
         outside = kernel.clone()
         outside[:, -margin:margin, -margin:margin] = 0
         name = 'kernel' if 'kernel' in norm.layout.names.values() else 'neighbor_weight'
-        _require_zero(outside, name, norm, prefix, f'{target.title} has a {size} x {size} kernel')
+        because, of = f'{target.title} has a {size} x {size} kernel', kernel.shape[-1]
+        # A UBN of 1 x 1 has no neighbor_weight.
+        takes_size = not {'neighbor_weight', 'running_similarity'}.isdisjoint(target.keys)
+        remedy = f'; set kernel_size={of} (norm_cfg.kernel_size)' if takes_size else ''
+        got = f'a {of} x {of} kernel with values up to {{:.3g}} around these{remedy}'
+        _require_zero(outside, name, norm, prefix, because, got)
     return F.pad(kernel, (margin,) * 4) if margin else kernel
 
 
-def _require_zero(tensor: Tensor, name: str, norm: Norm, prefix: str, because: str) -> None:
+def _require_zero(
+    tensor: Tensor, name: str, norm: Norm, prefix: str, because: str, got: str = 'values up to {:.3g}'
+) -> None:
     if (tensor != 0).any():
         raise CheckpointError(
             f'{prefix}{_key(norm.layout, name)} of {norm.layout.title}: expected zeros, because {because}; '
-            f'got values up to {tensor.abs().max():.3g}.'
+            f'got {got.format(tensor.abs().max())}.'
         )
 
 

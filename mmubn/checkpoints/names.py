@@ -13,7 +13,7 @@ from typing import Any
 
 from mmubn.checkpoints.layouts import CheckpointError, listed
 
-__all__ = ['find_released_names', 'has_own_name', 'rename_released', 'with_own_names']
+__all__ = ['find_released_names', 'has_own_name', 'released_name', 'rename_released', 'with_own_names']
 
 # bnet3.running_mean and bnet3.bnconv.weight; in files from before, bnconv3.weight beside bn3.running_mean.
 RELEASED = re.compile(r'((?:.*\.)?)bnet(\d*)\.((?:bnconv\.)?[^.]+)')
@@ -23,6 +23,11 @@ RELEASED_BEFORE = re.compile(r'((?:.*\.)?)bnconv(\d+)\.(weight|bias)')
 def has_own_name(name: str) -> bool:
     """Whether a norm of this name has another one in BNET's networks: ``bn``, ``bn1``, ``bn2``, ..."""
     return re.fullmatch(r'bn\d*', name) is not None
+
+
+def released_name(prefix: str) -> str:
+    """``layer1.0.bnet3.`` for ``layer1.0.bn3.``; a layer that is not called ``bn`` and a number keeps its name."""
+    return re.sub(r'(^|\.)bn(\d*)\.$', r'\1bnet\2.', prefix)
 
 
 def find_released_names(

@@ -32,10 +32,16 @@ def convert_state_dict(model: nn.Module, state_dict: Mapping) -> OrderedDict:
 
     Raises:
         CheckpointError: A layer has no exact equal, or no norm of ``model`` has an entry in ``state_dict``.
+        TypeError: The arguments are something else, such as in the other order.
 
     Example:
         >>> state_dict = mmubn.convert_state_dict(model, torchvision.models.resnet50().state_dict())
     """
+    if not isinstance(model, nn.Module) or not isinstance(state_dict, Mapping):
+        raise TypeError(
+            'convert_state_dict: expected a model and a state dict, in this order, got '
+            f'{type(model).__name__} and {type(state_dict).__name__}.'
+        )
     layers = {
         f'{name}.' if name else '': module
         for name, module in model.named_modules(remove_duplicate=False)

@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import difflib
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 from mmengine.config.utils import MODULE2PACKAGE
 
 from mmubn.openmmlab.errors import ConfigError
 
-__all__ = ['MIM', 'PREFIX', 'find_config', 'own_file', 'read_without_scope', 'register_configs']
+__all__ = ['MIM', 'PREFIX', 'find_config', 'own_file', 'read_by_name', 'read_without_scope', 'register_configs']
 
 MIM = Path(__file__).parents[1] / '.mim'
 PREFIX = 'mmubn::'
 
 
-def find_config(name: str) -> Path:
+def find_config(name: str, suffixes: tuple[str, ...] = ('.py', '.yml')) -> Path:
     """Return the file of ``mmubn::PATH``.
+
+    Args:
+        name: ``mmubn::PATH``.
+        suffixes: Of what is asked for: configs are ``.py``, sweep files of compare_norms ``.yml``.
 
     Raises:
         ConfigError: There is none of this name, or this package was installed without its configs.
@@ -28,13 +33,14 @@ def find_config(name: str) -> Path:
     folder = MIM / 'configs'
     if not folder.is_dir():
         raise ConfigError(f'{name}: there are no configs in {MIM}; install mmubn again (in a clone: pip install -e .).')
-    path = folder / name.removeprefix(PREFIX)
-    if path.is_file():
-        return path
-    found = sorted(each for suffix in ('.py', '.yml') for each in folder.rglob(f'*{suffix}'))
-    names = {str(each.relative_to(folder)): each.name for each in found if each.name != 'metafile.yml'}
-    near = [each for each, base in names.items() if base == path.name]
-    near = near or difflib.get_close_matches(name.removeprefix(PREFIX), names, 3, 0.8)
+    path = name.removeprefix(PREFIX)
+    found = sorted(each for suffix in suffixes for each in folder.rglob(f'*{suffix}'))
+    names = {each.relative_to(folder).as_posix(): each.name for each in found if each.name != 'metafile.yml'}
+    # By the list and not by what is at the path: '../tools/train.py' and 'digits/metafile.yml' are files too.
+    if path in names:
+        return folder / path
+    near = [each for each, base in names.items() if base == Path(path).name]
+    near = near or difflib.get_close_matches(path, names, 3, 0.8)
     remedy = f'did you mean {" or ".join(PREFIX + each for each in near)}?' if near else f'they are in {folder}.'
     raise ConfigError(f'{name}: mmubn has no config of this name; {remedy}')
 
@@ -48,6 +54,21 @@ def own_file(name: str) -> str:
 def register_configs() -> None:
     """Let :func:`mmengine.hub.get_config` look for ``mmubn::PATH`` in this package."""
     MODULE2PACKAGE.setdefault('mmubn', 'mmubn')
+
+
+def read_by_name(original: Callable[[str], tuple[str, str]]) -> Callable[[str], tuple[str, str]]:
+    """Make ``_get_package_and_cfg_path`` of MMEngine look for ``mmubn::PATH`` among the configs first.
+
+    :func:`mmengine.hub.get_config` then raises the error of :func:`find_config` for one that there is not.
+    """
+
+    @functools.wraps(original)
+    def get_package_and_cfg_path(cfg_path: str) -> tuple[str, str]:
+        if cfg_path.startswith(PREFIX):
+            find_config(cfg_path, ('.py',))
+        return original(cfg_path)
+
+    return get_package_and_cfg_path
 
 
 def read_without_scope(original: staticmethod) -> staticmethod:
@@ -64,7 +85,7 @@ def read_without_scope(original: staticmethod) -> staticmethod:
     @functools.wraps(original.__func__)
     def find(cfg_path: str, filename: str) -> tuple[str, str | None]:
         if cfg_path.startswith(PREFIX):
-            return str(find_config(cfg_path)), None
+            return str(find_config(cfg_path, ('.py',))), None
         return original.__func__(cfg_path, filename)
 
     return staticmethod(find)

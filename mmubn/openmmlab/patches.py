@@ -192,6 +192,24 @@ PATCHES = (
         replacement='mmubn.openmmlab.own_configs:read_without_scope',
     ),
     Patch(
+        'own-config-names',
+        ('mmengine.config.utils._get_package_and_cfg_path',),
+        ON_IMPORT,
+        why=(
+            '`get_config` and `get_model` of mmengine.hub say of `mmubn::PATH` with a wrong path that a function of '
+            'theirs "is used for get external package", or that a file does not exist. It then is an error that names '
+            'the configs that are like it, as for `_base_`.'
+        ),
+        others='Nothing: for a config of any other package the original runs.',
+        versions=MMENGINE,
+        switch_off="A wrong path is then an error in MMEngine's words.",
+        replacement='mmubn.openmmlab.own_configs:read_by_name',
+        importers=(
+            'mmengine.config.config._get_package_and_cfg_path',
+            'mmengine.hub.hub._get_package_and_cfg_path',
+        ),
+    ),
+    Patch(
         'replaced-parameters',
         ('torch.optim.optimizer._global_optimizer_pre_hooks',),
         ON_CONVERSION,

@@ -244,8 +244,9 @@ LACKS = [  # source, layer, what the message names
     ('rbn-released', UBN(CHANNELS, centering=False), ['center_weight', 'no centering']),
     ('rbn-released', UBN(CHANNELS, scaling=False), ['scale_weight', 'no scaling']),
     ('rbn-released', UBN(CHANNELS, calibrate_bias=True), ['bias', 'multiplies']),
-    ('bnet-released', UBN(CHANNELS, kernel_size=1), ['bnconv.weight', '1 x 1']),
-    ('bnet-released 5x5', UBN(CHANNELS), ['bnconv.weight', '3 x 3']),
+    ('bnet-released', UBN(CHANNELS, kernel_size=1), ['bnconv.weight', '1 x 1', 'got a 3 x 3', 'set kernel_size=3']),
+    ('bnet-released 5x5', UBN(CHANNELS), ['bnconv.weight', '3 x 3', 'a 5 x 5 kernel', 'set kernel_size=5 (norm_cfg']),
+    ('bnet 5x5', BNET(CHANNELS), ['neighbor_weight', 'this BNET has a 3 x 3', 'a 5 x 5', 'set kernel_size=5']),
     ('ubn', UBN(CHANNELS, kernel_size=1), ['neighbor_weight', '1 x 1']),
     ('ubn', UBN(CHANNELS, centering=False), ['center_weight', 'no centering']),
     ('ubn plain', UBN(CHANNELS), ['center_weight is missing', 'norm_cfg']),
@@ -260,7 +261,6 @@ LACKS = [  # source, layer, what the message names
     ('rbn', BNET(CHANNELS), ['center_weight', 'this BNET has no centering']),
     ('rbn', IEBN(CHANNELS), ['center_weight', 'this IEBN has no centering']),
     ('bnet', RBN(CHANNELS), ['neighbor_weight', 'this RBN has a 1 x 1 kernel']),
-    ('bnet 5x5', BNET(CHANNELS), ['neighbor_weight', '3 x 3']),
 ]
 BROKEN = [  # source, keys to remove, keys to add, what the message names
     ('bn', ['weight'], {}, ['weight is missing', 'BatchNorm']),

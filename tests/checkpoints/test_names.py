@@ -209,23 +209,32 @@ class TestConverter:
         torch.save(wrap(prefixed(names(released.state_dict()), prefix)), tmp_path / 'src.pth')
         status, output = run(tmp_path / 'src.pth', tmp_path / 'dst.pth', '--to', 'bnet')
         assert status == 0, output
-        assert '17 layers to BNET: 13 from BatchNorm, 4 from released BNET' in output
+        assert '4 layers to BNET: 4 from released BNET; BatchNorms left as they are: 13' in output
         content = torch.load(tmp_path / 'dst.pth', weights_only=False)
         state_dict = {key.removeprefix(prefix): value for key, value in content['state_dict'].items()}
         assert not [key for key in state_dict if 'bnet' in key or 'bnconv' in key]
-        model = network(where=None)
+        model = network()
+        assert state_dict.keys() == model.state_dict().keys(), 'nothing is left to be converted by the layers'
         model.load_state_dict(state_dict)
         assert_same(model, released)
 
-    def test_to_their_layout(self, tmp_path, run, released):
-        """From which nothing is renamed."""
-        torch.save(dict(released.state_dict()), tmp_path / 'src.pth')
-        status, output = run(tmp_path / 'src.pth', tmp_path / 'dst.pth', '--to', 'bnet-released')
-        assert status == 0, output
-        assert torch.load(tmp_path / 'dst.pth').keys() >= {'layer1.0.bnet3.bnconv.weight'}
+    @pytest.mark.parametrize('names', [dict, named_as_before], ids=['released', 'before'])
+    def test_to_their_layout(self, tmp_path, run, released, names):
+        """From all that there is of it, which is read and written by the tool, the network's own state dict too."""
+        model = network()
+        model.load_state_dict(released.state_dict())
+        for state_dict in (names(released.state_dict()), model.state_dict()):
+            torch.save(state_dict, tmp_path / 'src.pth')
+            status, output = run(tmp_path / 'src.pth', tmp_path / 'dst.pth', '--to', 'bnet-released')
+            assert status == 0, output
+            assert 'BatchNorms left as they are: 13' in output
+            found = torch.load(tmp_path / 'dst.pth')
+            assert found.keys() == released.state_dict().keys()
+            assert all(torch.equal(found[key], value) for key, value in released.state_dict().items())
 
     def test_to_batch_norm(self, tmp_path, run, released):
         torch.save(dict(released.state_dict()), tmp_path / 'src.pth')
         status, output = run(tmp_path / 'src.pth', tmp_path / 'dst.pth', '--to', 'bn')
         assert status == 2
         assert 'layer1.0.bn3.bnconv.weight of released BNET: expected zeros' in output
+        assert 'The file has it under layer1.0.bnet3.' in output

@@ -193,6 +193,16 @@ class TestConvertStateDict:
         with pytest.raises(CheckpointError, match=r"'module\.backbone\.0\.weight'.*'backbone\.0\.'"):
             mmubn.convert_state_dict(model, state_dict)
 
+    def test_of_arguments_in_the_other_order_is_an_error(self):
+        model = nn.Sequential(UBN(4))
+        for arguments, got in [
+            ((model.state_dict(), model), 'OrderedDict and Sequential'),
+            ((model, model), 'Sequential and Sequential'),
+            ((model, 'model.pth'), 'Sequential and str'),
+        ]:
+            with pytest.raises(TypeError, match=f'expected a model and a state dict, in this order, got {got}'):
+                mmubn.convert_state_dict(*arguments)
+
     def test_without_a_norm_of_ours_nothing_changes(self):
         plain = nn.Sequential(nn.BatchNorm2d(4))
         assert mmubn.convert_state_dict(plain, plain.state_dict()).keys() == plain.state_dict().keys()

@@ -81,6 +81,7 @@ class TestChanges:
             'plain-eps',
             'timm-norm-act',
             'own-configs',
+            'own-config-names',
         ]
         assert [patch.name for patch in PATCHES if patch.when == ON_INSTALL] == [
             'config-packages',

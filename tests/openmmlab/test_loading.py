@@ -228,7 +228,7 @@ class Network(BaseModel):
 def test_runner_loads_from_a_model_key(tmp_path, install, layout, kind, norm):
     install(*LOADING)
     reference, path, title = randomize(kind(CHANNELS)), tmp_path / 'checkpoint.pth', f'released {kind.__name__}'
-    state_dict, _ = convert_state_dict(nn.ModuleDict({'norm': reference}).state_dict(), layout)
+    state_dict, *_ = convert_state_dict(nn.ModuleDict({'norm': reference}).state_dict(), layout)
     torch.save({'model': state_dict}, path)
     runner = Runner(Network(norm(CHANNELS)), str(tmp_path), load_from=str(path), experiment_name=f'{tmp_path}')
     runner.load_or_resume()

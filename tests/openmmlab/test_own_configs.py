@@ -1,9 +1,11 @@
 """``mmubn::PATH``: the configs that come with this package, by name, from any folder."""
 
+import sys
+
 import pytest
-from mmengine.config import Config
+from mmengine.config import Config, utils
 from mmengine.dataset import Compose
-from mmengine.hub import get_config
+from mmengine.hub import get_config, get_model
 from mmengine.registry import init_default_scope
 from mmpretrain.datasets import PackInputs
 
@@ -45,6 +47,25 @@ class TestFindConfig:
         with pytest.raises(ConfigError, match=f'^{name}: mmubn has no config of this name; {near}') as error:
             find_config(name)
         assert '\n' not in str(error.value)
+
+    @pytest.mark.parametrize(
+        'name',
+        [
+            '../tools/train.py',
+            'digits/../../tools/train.py',
+            '/etc/passwd',
+            str(MIM / 'configs/digits/resnet18-ubn_digits.py'),
+            'digits/metafile.yml',
+            'digits/README.md',
+        ],
+    )
+    def test_a_file_that_is_no_config(self, name):
+        with pytest.raises(ConfigError, match=f'^mmubn::{name}: mmubn has no config of this name; '):
+            find_config(f'mmubn::{name}')
+
+    def test_a_sweep_file_is_no_config(self):
+        with pytest.raises(ConfigError, match=r'^mmubn::sweeps/paper\.yml: mmubn has no config of this name; '):
+            find_config('mmubn::sweeps/paper.yml', ('.py',))
 
     def test_an_installation_without_them(self, monkeypatch, tmp_path):
         monkeypatch.setattr(own_configs, 'MIM', tmp_path / '.mim')
@@ -92,6 +113,36 @@ class TestReading:
     def test_a_name_that_there_is_not(self):
         with pytest.raises(UsageError, match=r'^mmubn::digits/nothing\.py: mmubn has no config of this name; '):
             read_config('mmubn::digits/nothing.py')
+
+    @pytest.mark.parametrize('read', [get_config, get_model])
+    @pytest.mark.parametrize(
+        ('name', 'near'),
+        [
+            ('digits/resnet18_ubn_digits.py', r'did you mean mmubn::digits/resnet18-ubn_digits\.py\?'),
+            ('resnet18-ubn_digits.py', r'did you mean mmubn::digits/resnet18-ubn_digits\.py\?'),
+            ('digits/resnet18-ubn_digits', r'did you mean mmubn::digits/resnet18-ubn_digits\.py\?'),
+            ('', 'they are in '),
+            ('nothing.py', 'they are in '),
+            ('../tools/train.py', 'they are in '),
+            ('/etc/passwd', 'they are in '),
+            ('digits/metafile.yml', 'they are in '),
+            ('sweeps/paper.yml', 'they are in '),
+        ],
+    )
+    def test_by_a_name_that_mmengine_does_not_find(self, read, name, near):
+        with pytest.raises(ConfigError, match=f'^mmubn::{name}: mmubn has no config of this name; {near}') as error:
+            read(f'mmubn::{name}')
+        assert '\n' not in str(error.value)
+
+    def test_of_other_packages_as_ever(self):
+        assert get_config('mmpretrain::resnet/resnet18_8xb32_in1k.py').model.backbone.depth == 18
+        with pytest.raises(ValueError, match='_get_package_and_cfg_path'):
+            get_config('mmpretrain')
+
+    def test_the_patch_of_other_packages_finds_the_same_function(self):
+        """It replaces the function where it is the one that this one left (row config-packages of the table)."""
+        for name in ('mmengine.config.config', 'mmengine.hub.hub'):
+            assert sys.modules[name]._get_package_and_cfg_path is utils._get_package_and_cfg_path
 
     def test_with_an_index_that_lacks_weights(self):
         """None are released, and MMEngine must not say that it knows some that it can load."""

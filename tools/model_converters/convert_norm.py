@@ -1,11 +1,13 @@
 """Convert the norm layers of a checkpoint to another state-dict layout of exactly the same function.
 
 Every layer with running statistics is converted, from the layout that its keys say it has; the rest of the file stays
-as it is. Where a layer has no exact equal in the new layout, the tool says which and why, and writes nothing. To load a
-checkpoint of BatchNorm, or of the authors' code, into a norm type of mmubn, nothing has to be converted: the layers
-read these. See docs/checkpoints.md.
+as it is. So do the plain BatchNorms of a file that has other norms too: the network has those in some places alone, and
+keeps them there. Where a layer has no exact equal in the new layout, the tool says which and why, and writes nothing.
+To load a checkpoint of BatchNorm, or of the authors' code, into a norm type of mmubn, nothing has to be converted: the
+layers read these. See docs/checkpoints.md.
 
-A layout is named as the norm type of mmubn that has it, or, with -released, as that of the authors' code.
+A layout is named as the norm type of mmubn that has it, or, with -released, as that of the authors' code. With
+bnet-released the layers get their names in BNET's networks too: bnet3 for bn3, which any other layout has.
 
 Examples:
 
@@ -62,7 +64,7 @@ def read(path: Path) -> dict:
 
 
 def convert(checkpoint: dict, to: str, calibrate_bias: bool) -> dict:
-    """Convert each state dict of a checkpoint; print how many layers that are."""
+    """Convert each state dict of a checkpoint; print how many layers that are, and how many stay."""
     parts = {key: checkpoint[key] for key in STATE_DICT_KEYS if is_state_dict(checkpoint.get(key))}
     if not parts and is_state_dict(checkpoint):
         return convert({'state_dict': checkpoint}, to, calibrate_bias)['state_dict']
@@ -75,13 +77,14 @@ def convert(checkpoint: dict, to: str, calibrate_bias: bool) -> dict:
     converted = {}
     for key, state_dict in parts.items():
         try:
-            converted[key], counts = convert_state_dict(state_dict, to, calibrate_bias)
+            converted[key], counts, kept = convert_state_dict(state_dict, to, calibrate_bias)
         except CheckpointError as error:
             raise UsageError(f'nothing was written: {error}') from error
         if not counts:
             raise UsageError(f'nothing was written: {key} has no norm layer with running statistics.')
         sources = ', '.join(f'{count} from {title}' for title, count in counts.items())
-        print(f'{key}: {counts.total()} layers to {LAYOUTS[to].title}: {sources}')
+        stay = f'; BatchNorms left as they are: {kept}' if kept else ''
+        print(f'{key}: {counts.total()} layers to {LAYOUTS[to].title}: {sources}{stay}')
     return {**checkpoint, **converted}
 
 
