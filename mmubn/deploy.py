@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmubn import functional, ops
-from mmubn.layers import UnifiedNorm
+from mmubn.layers import UnifiedNorm, areas
 from mmubn.layers.tracing import node_in_trace
 
 __all__ = ['FoldedUBN', 'fold']
@@ -37,11 +37,14 @@ def fold(model: nn.Module) -> nn.Module:
         model: Any module, a norm itself included, in evaluation mode.
 
     Returns:
-        The folded copy, in evaluation mode.
+        The folded copy, in evaluation mode; of a model without norms of this package, a copy as it is.
 
     Raises:
+        TypeError: For what is no ``nn.Module``.
         ValueError: For a model in training mode, and for a layer of which another library has sliced some tensors.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'fold expected a model, an nn.Module in evaluation mode, got {_kind(model)}.')
     if model.training or any(module.training for module in model.modules() if isinstance(module, UnifiedNorm)):
         raise ValueError('fold needs a model in evaluation mode: call model.eval() before fold(model).')
     model = copy.deepcopy(model)
@@ -73,7 +76,9 @@ class FoldedUBN(nn.Module):
     which see the whole graph, move it there. Where ``w_m`` is not 0, the map is added to anyway.
 
     The backends of the layers compute it: on the CPU in one call. An export, torch.compile and torch.jit get plain
-    torch.
+    torch. With a gradient of the input, the backward computes the forward again, in plain torch.
+
+    Within :func:`mmubn.image_areas` a batch with padding is an error.
 
     Args:
         constants: The attributes below by name.
@@ -110,6 +115,8 @@ class FoldedUBN(nn.Module):
         node = node_in_trace(self, x)
         if node is not None:
             return node
+        if not torch.jit.is_tracing():  # which would make constants of the sizes
+            self._check_shape(x)
         if not x.is_floating_point():
             raise ValueError(
                 f'FoldedUBN expected a floating point input, got {x.dtype}; convert it with .float(), or quantize the '
@@ -117,6 +124,8 @@ class FoldedUBN(nn.Module):
             )
         if x.numel() == 0:
             return x
+        if areas.is_used():
+            areas.outside_graphs(self._refuse_padding, x)
         with functional.without_autocast(x.device.type):  # as in the layers, float32 inside
             backend = ops.choose_backend(x, self.kernel_size)
             if backend.name == 'reference':
@@ -124,6 +133,28 @@ class FoldedUBN(nn.Module):
             if x.requires_grad and torch.is_grad_enabled():
                 return _Evaluation.apply(x, self, backend)
             return backend.evaluate(x, self.constants())
+
+    def _check_shape(self, x: Any) -> None:
+        channels = self.shift.shape[0]
+        expected = f'(N, {channels}, H, W)'
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f'FoldedUBN expected a tensor of shape {expected}, got {_kind(x)}; '
+                'convert an array with torch.as_tensor, and hand the maps of a list over one by one.'
+            )
+        if x.dim() != 4 or x.shape[1] != channels:
+            raise ValueError(
+                f'FoldedUBN expected input of shape {expected}, got {tuple(x.shape)}; '
+                f'the layer before must have {channels} channels.'
+            )
+
+    def _refuse_padding(self, x: Tensor) -> None:
+        images = areas.current()
+        if images is not None and images.in_map(x) is not None:
+            raise RuntimeError(
+                'FoldedUBN takes its means over the whole map, and images of this batch are padded: evaluate padded '
+                'batches with the model as it was before mmubn.fold, or without image areas (remove PaddingAwareHook).'
+            )
 
     @property
     def kernel_size(self) -> int:
@@ -169,6 +200,11 @@ class FoldedUBN(nn.Module):
     def extra_repr(self) -> str:
         shapes = (f'{name}={tuple(value.shape)}' for name, value in self.named_buffers())
         return ', '.join((*shapes, f'calibrate_bias={self.calibrate_bias}'))
+
+
+def _kind(value: Any) -> str:
+    name = type(value).__name__
+    return 'None' if value is None else f'{"an" if name[0] in "aeiou" else "a"} {name}'
 
 
 class _Evaluation(torch.autograd.Function):

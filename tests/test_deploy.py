@@ -353,6 +353,17 @@ class TestFold:
         assert not any(module.training for module in folded.modules())
         assert fold(folded)['b'](torch.zeros(1, 4, 2, 2)).shape == (1, 4, 2, 2)
 
+    @pytest.mark.parametrize(('model', 'kind'), [(3, 'an int'), (None, 'None'), (len, 'a builtin_function_or_method')])
+    def test_what_is_no_model_is_an_error(self, model, kind):
+        with pytest.raises(TypeError, match=rf'^fold expected a model, an nn\.Module .*, got {kind}\.$'):
+            fold(model)
+
+    def test_a_model_without_norms_of_this_package(self):
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+        folded, x = fold(model), torch.randn(2, 3, 4, 4)
+        assert folded is not model
+        assert torch.equal(folded(x), model(x))
+
     @pytest.mark.parametrize('norm', [UBN, IEBN])
     def test_training_mode_is_an_error(self, norm):
         model = nn.Sequential(nn.Conv2d(3, 4, 1), norm(4))

@@ -12,7 +12,7 @@ from helpers import randomize
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from mmubn import BNET, IEBN, RBN, UBN, SyncUBN, UnitizedBN, ops
+from mmubn import BNET, IEBN, RBN, UBN, SyncUBN, UnitizedBN, image_areas, ops
 from mmubn.analysis.benchmark import count_map_nodes
 from mmubn.deploy import FoldedUBN, fold
 from mmubn.ops.cpp import CppBackend
@@ -129,6 +129,39 @@ def test_one_call_of_a_kernel_for_each_layer_of_a_network(evaluations):
     folded(x).sum().backward()
     expected = torch.autograd.grad(model(x).sum(), model[0].weight)
     torch.testing.assert_close(folded[0].weight.grad, *expected)
+
+
+@torch.no_grad()
+def test_images_of_a_padded_batch_are_refused():
+    """Its means are over the whole map: within image areas it would be another function than the layer."""
+    layer, x = trained(UBN(4)), torch.randn(2, 4, 8, 8)
+    folded, sizes = fold(layer), [(8, 8), (7, 8)]
+    expected, compiled = folded(x), torch.compile(fold(layer), backend='eager')
+    for model in (folded, compiled, torch.nn.Sequential(folded)):
+        torch.testing.assert_close(model(x), expected)
+        with image_areas(sizes, (8, 8)):
+            with pytest.raises(RuntimeError, match=r'^FoldedUBN takes its means.*padded.*mmubn\.fold'):
+                model(x)
+            with pytest.raises(ValueError, match='not one map of each of the 2 images'):
+                model(x[:1])
+            torch.testing.assert_close(model(x[:, :, :1, :1]), layer(x[:, :, :1, :1]))  # at stride 8 both fill the map
+        with image_areas([(8, 8)] * 2, (8, 8)):
+            torch.testing.assert_close(model(x), expected)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize('backend', ['cpp', 'torch', 'reference'])
+@EACH_LAYER
+def test_an_input_of_another_shape_is_refused(make, backend):
+    folded = fold(trained(make(8)))
+    for shape in ((1, 1, 4, 4), (2, 7, 4, 4), (8, 4, 4), (2, 8, 3, 4, 4), (2, 8), (0, 3, 4, 4)):
+        with (
+            ops.use_backend(backend),
+            pytest.raises(ValueError, match=rf'expected input of shape \(N, 8, H, W\), got \({shape[0]}, .*8 channels'),
+        ):
+            folded(torch.zeros(shape))
+    with pytest.raises(ValueError, match=r'expected a tensor of shape \(N, 8, H, W\), got a list; .*as_tensor'):
+        folded([1.0])
 
 
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')

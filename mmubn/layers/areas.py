@@ -10,16 +10,28 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmubn.layers.arguments import is_int
 
-__all__ = ['ImageAreas', 'Running', 'current', 'image_areas', 'is_used', 'outside_graphs', 'pop', 'push', 'size_in_map']
+__all__ = [
+    'ImageAreas',
+    'current',
+    'enter',
+    'image_areas',
+    'innermost',
+    'is_used',
+    'leave',
+    'outside_graphs',
+    'size_in_map',
+]
 
 
 class ImageAreas(NamedTuple):
@@ -78,59 +90,97 @@ def size_in_map(image: int, batch: int, length: int) -> int | None:
     return next((-(-image // stride) for stride in strides if -(-batch // stride) == length), None)
 
 
-class Running(threading.local):
-    """What runs in one thread, the innermost last, each with a value that holds while it runs.
+@dataclass(eq=False)
+class Scope:
+    """Where the images of a batch are known: from :func:`enter` to :func:`leave`.
 
-    What a KeyboardInterrupt stops never takes its value back (torch calls no hook then): the stack tells what
-    holds.
+    Attributes:
+        owner: Who entered.
+        images: Those of the batch; None where nothing is padded, or padding is to be seen.
+        are_maps: Whether what norms get is maps of the batch. In the heads of a detector, say, it is not.
+        frame: With whose end the scope ends, if it was not left before: torch calls no hook after a KeyboardInterrupt.
+        outer: What held before.
     """
 
-    def __init__(self) -> None:
-        self.entries: list[tuple[object, ImageAreas | None, FrameType | None]] = []
-
-    def push(self, owner: object, value: ImageAreas | None, frame: FrameType | None) -> None:
-        """Let ``value`` hold until :meth:`pop` of the same owner, or the end of ``frame``."""
-        self.drop_stopped()
-        self.entries.append((owner, value, frame))
-
-    def pop(self, owner: object) -> None:
-        """Let hold what held before ``owner`` pushed; nothing is changed where it did not."""
-        places = [i for i, (each, *_) in enumerate(self.entries) if each is owner]
-        if places:
-            del self.entries[places[-1] :]
-
-    def drop_stopped(self) -> None:
-        while self.entries and not _is_running(self.entries[-1][2]):
-            self.entries.pop()
+    owner: object
+    images: ImageAreas | None
+    are_maps: bool
+    frame: FrameType | None
+    outer: Scope | None
 
 
-def _is_running(wanted: FrameType | None) -> bool:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame is not wanted:
-        frame = frame.f_back
-    return wanted is None or frame is not None
-
-
-_running = Running()
-_lock = threading.Lock()
-_threads: dict[int, int] = {}  # entries of each thread that has some
+_scope: ContextVar[Scope | None] = ContextVar('mmubn.layers.areas', default=None)  # of a thread, of a task of asyncio
+_lock = threading.RLock()  # garbage collection may end a paused generator, and its scope, at any place
+_open: set[Scope] = set()  # of all threads and tasks
 _is_used = False  # of which torch.compile makes a guard: what it compiles for batches without padding asks nothing
 
 
 def is_used() -> bool:
-    """Whether any thread has image areas: what a layer asks first, and most often all."""
+    """Whether there are image areas anywhere: what a layer asks first, and most often all."""
     return _is_used
 
 
 def current() -> ImageAreas | None:
-    """The image areas of this thread; None where there are none."""
-    _running.drop_stopped()
-    _count()
-    return _running.entries[-1][1] if _running.entries else None
+    """The image areas that hold for a norm here; None where there are none."""
+    scope = innermost()
+    return scope.images if scope is not None and scope.are_maps else None
+
+
+def innermost() -> Scope | None:
+    """The scope that holds in this thread or task of asyncio; None where there is none."""
+    scope = _scope.get()
+    while scope is not None and not _is_open(scope):
+        scope = scope.outer
+    _scope.set(scope)
+    return scope
+
+
+def enter(owner: object, images: ImageAreas | None, are_maps: bool = True, frame: FrameType | None = None) -> Scope:
+    """Let ``images`` hold in this thread or task, until :func:`leave` of the same owner, or the end of ``frame``."""
+    _leave_graphs()
+    scope = Scope(owner, images, are_maps, frame, innermost())
+    _scope.set(scope)
+    with _lock:
+        _open.add(scope)
+        _count()
+    return scope
+
+
+def leave(owner: object) -> None:
+    """Let hold what held before ``owner`` entered; nothing is changed where it did not."""
+    scope = innermost()
+    while scope is not None and scope.owner is not owner:
+        scope = scope.outer
+    if scope is not None:
+        _close(scope)
+
+
+def _is_open(scope: Scope) -> bool:
+    if scope.frame is not None:
+        try:
+            scope.frame.clear()
+        except RuntimeError:  # it runs
+            pass
+        else:
+            _close(scope)
+    return scope in _open
+
+
+def _close(scope: Scope) -> None:
+    with _lock:
+        _open.discard(scope)
+        _count()
+    if _scope.get() is scope:
+        _scope.set(scope.outer)
+
+
+def _count() -> None:
+    global _is_used
+    _is_used = any(scope.images is not None and scope.are_maps for scope in tuple(_open))
 
 
 def outside_graphs(function: Callable[[Tensor], Tensor | None], x: Tensor) -> Tensor | None:
-    """``function(x)``, for which a graph of torch.compile breaks: what it computes by the areas of this thread."""
+    """``function(x)``, for which a graph of torch.compile breaks: what it computes by the areas that hold."""
     return _call(function, x)
 
 
@@ -148,29 +198,6 @@ def _leave_graphs() -> None:
         _call, _is_outside_graphs = torch.compiler.disable(_call), True
 
 
-def push(owner: object, areas: ImageAreas | None, frame: FrameType | None = None) -> None:
-    """Set the areas of this thread until :func:`pop` of the same owner, or the end of ``frame``."""
-    _leave_graphs()
-    _running.push(owner, areas, frame)
-    _count()
-
-
-def pop(owner: object) -> None:
-    """Set what was set before ``owner`` pushed; nothing where it did not."""
-    _running.pop(owner)
-    _count()
-
-
-def _count() -> None:
-    global _is_used
-    number = sum(areas is not None for _, areas, _ in _running.entries)
-    with _lock:
-        _threads[threading.get_ident()] = number
-        if number == 0:
-            del _threads[threading.get_ident()]
-        _is_used = len(_threads) > 0
-
-
 @contextlib.contextmanager
 def image_areas(sizes: Sequence[tuple[int, int]], batch: tuple[int, int]) -> Iterator[None]:
     """Let norms in evaluation compute the images of a padded batch as if there were no padding.
@@ -179,7 +206,8 @@ def image_areas(sizes: Sequence[tuple[int, int]], batch: tuple[int, int]) -> Ite
     zeros beside it. Where the images fill the batch, and for layers in training and those without pooled terms (BNET),
     nothing is changed.
 
-    Only around the part of a network whose maps are maps of the batch: in a detector, around backbone and neck.
+    Only around the part of a network whose maps are maps of the batch: in a detector, around backbone and neck. It
+    holds in its thread or task of asyncio, and in tasks that begin within it.
 
     Args:
         sizes: Height and width of each image, which lies in the upper left corner of its place.
@@ -188,25 +216,34 @@ def image_areas(sizes: Sequence[tuple[int, int]], batch: tuple[int, int]) -> Ite
     Raises:
         ValueError: An image is larger than the batch, or a size is not a pair of positive integers. From a layer: its
             input is not one map of each image, or no stride makes it a map of the batch.
+        RuntimeError: From a folded layer: an image does not fill its map.
 
     Example:
         >>> layer = mmubn.UBN(3).eval()
         >>> with mmubn.image_areas([(8, 8), (5, 7)], batch=(8, 8)):
         ...     y = layer(torch.randn(2, 3, 8, 8))
     """
-    for size in (*sizes, batch):
-        if len(size) != 2 or not all(is_int(each) and each > 0 for each in size):
-            raise ValueError(f'sizes and batch must be pairs (height, width) of positive integers, got {size!r}.')
-    for i, (h, w) in enumerate(sizes):
-        if h > batch[0] or w > batch[1]:
+    pairs = sizes if isinstance(sizes, Iterable) else (sizes,)
+    *own, whole = (_pair(size) for size in (*pairs, batch))
+    for i, (h, w) in enumerate(own):
+        if h > whole[0] or w > whole[1]:
             raise ValueError(
-                f'image {i} of {h}x{w} is larger than its batch of {batch[0]}x{batch[1]}: give the size that it has in '
+                f'image {i} of {h}x{w} is larger than its batch of {whole[0]}x{whole[1]}: give the size that it has in '
                 'the batch, before padding.'
             )
-    areas = ImageAreas(tuple((h, w) for h, w in sizes), (batch[0], batch[1]))
-    owner = object()
-    push(owner, None if all(size == areas.batch for size in areas.sizes) else areas)
+    are_padded = not own or any(size != whole for size in own)
+    scope = enter(None, ImageAreas(tuple(own), whole) if are_padded else None)
     try:
         yield
     finally:
-        pop(owner)
+        _close(scope)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    try:
+        h, w = size
+    except (TypeError, ValueError):
+        h = w = None
+    if not (is_int(h) and is_int(w) and h > 0 and w > 0):
+        raise ValueError(f'sizes and batch must be pairs (height, width) of positive integers, got {size!r}.')
+    return h, w

@@ -1,5 +1,6 @@
 """Pooled terms over the images of a padded batch: against an independent computation, and an image alone."""
 
+import asyncio
 import copy
 import pickle
 import threading
@@ -183,6 +184,23 @@ class TestErrors:
         with pytest.raises(ValueError, match=message), image_areas(sizes, BATCH):
             pytest.fail('nothing may run')
 
+    @pytest.mark.parametrize(
+        ('sizes', 'batch', 'received'),
+        [
+            ([(8, 8)], 8, '8'),
+            ((8, 8), BATCH, '8'),
+            (None, BATCH, 'None'),
+            ([(8, 8), None], BATCH, 'None'),
+            ([BATCH], None, 'None'),
+            ([BATCH], (8, 8, 8), r'\(8, 8, 8\)'),
+            (['88'], BATCH, "'88'"),
+        ],
+    )
+    def test_what_is_no_pair(self, sizes, batch, received):
+        message = rf'^sizes and batch must be pairs \(height, width\) of positive integers, got {received}\.$'
+        with pytest.raises(ValueError, match=message), image_areas(sizes, batch):
+            pytest.fail('nothing may run')
+
     def test_what_is_no_map_of_the_batch(self):
         layer = UBN(4).eval()
         with image_areas(SIZES, BATCH):
@@ -190,6 +208,8 @@ class TestErrors:
                 layer(torch.zeros(5, 4, 8, 8))
             with pytest.raises(ValueError, match='map of 7x8 is no batch of 8x8 at any stride'):
                 layer(torch.zeros(4, 4, 7, 8))
+        with image_areas([], BATCH), pytest.raises(ValueError, match='each of the 0 images'):
+            layer(torch.zeros(4, 4, 8, 8))
 
     @pytest.mark.filterwarnings('ignore')
     def test_a_graph(self):
@@ -225,6 +245,62 @@ class TestState:
             thread.start()
             thread.join()
         assert torch.equal(found[0], expected)
+
+    def test_of_one_task(self):
+        """While a task of asyncio waits, others run in its thread."""
+        layer, x = randomize(UBN(4)).eval(), padded()
+        outputs = {None: layer(x)}
+        for sizes in (tuple(SIZES), tuple(SIZES[::-1])):
+            with image_areas(sizes, BATCH):
+                outputs[sizes] = layer(x)
+
+        async def within(sizes):
+            for _ in range(3):
+                with image_areas(sizes, BATCH):
+                    await asyncio.sleep(0)
+                    assert torch.equal(layer(x), outputs[sizes])
+                    assert torch.equal(await asyncio.to_thread(layer, x), outputs[sizes])
+                await asyncio.sleep(0)
+                assert torch.equal(layer(x), outputs[None])
+
+        async def without():
+            for _ in range(9):
+                assert torch.equal(layer(x), outputs[None])
+                await asyncio.sleep(0)
+
+        async def cancelled():
+            with image_areas(SIZES, BATCH):
+                await asyncio.sleep(60)
+
+        async def later():
+            await asyncio.sleep(0)
+            return layer(x)
+
+        async def all_of_them():
+            other = asyncio.create_task(cancelled())
+            await asyncio.gather(*map(within, [*filter(None, outputs)] * 2), without())
+            other.cancel()
+            with image_areas(SIZES, BATCH):
+                task = asyncio.create_task(later())
+            with image_areas(SIZES[::-1], BATCH):
+                y = await task
+            assert torch.equal(y, outputs[None]), 'the areas in which the task began have ended'
+
+        with torch.no_grad():
+            asyncio.run(all_of_them())
+
+    def test_of_a_generator_that_another_context_ends(self):
+        def generator():
+            with image_areas(SIZES, BATCH):
+                yield
+
+        paused = generator()
+        next(paused)
+        assert areas.current() is not None
+        thread = threading.Thread(target=paused.close)
+        thread.start()
+        thread.join()
+        assert areas.current() is None
 
     @pytest.mark.parametrize('error', [ValueError, KeyboardInterrupt])
     def test_after_an_error(self, error):

@@ -17,7 +17,8 @@ class PaddingAwareHook(Hook):
 
     In a config: ``custom_hooks = [dict(type='PaddingAwareHook')]``. It acts in the validation of a training, in a test,
     with test-time augmentation too, and leaves training as it is. Without a runner, :func:`ignore_padding` does the
-    same; its docstring says what is done, and what the errors are.
+    same; its docstring says what is done, and what the errors are. The end of the run switches off what this hook has
+    switched on.
 
     Raises:
         ConfigError: Before the run, where the model is no detector.
@@ -34,5 +35,6 @@ class PaddingAwareHook(Hook):
 
     def after_run(self, runner: Runner) -> None:
         if self._awareness is not None:
-            self._awareness.remove()
+            for handle in self._awareness.handles:
+                handle.remove()
             self._awareness = None

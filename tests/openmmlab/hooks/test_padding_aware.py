@@ -22,7 +22,6 @@ from torch import nn
 import mmubn
 from mmubn import UBN
 from mmubn.layers import areas
-from mmubn.openmmlab import padding
 from mmubn.openmmlab.errors import ConfigError, DataError
 from mmubn.openmmlab.hooks import PaddingAwareHook
 from mmubn.openmmlab.padding import ignore_padding, layers_with_pooled_terms
@@ -73,9 +72,7 @@ class ToyTTA(BaseTTAModel):
 def nothing_stays():
     init_default_scope('mmdet')
     yield
-    padding._detectors.drop_stopped()
-    assert not padding._detectors.entries
-    areas.current()
+    assert areas.innermost() is None
     assert not areas.is_used()
 
 
@@ -93,6 +90,18 @@ def data(*sizes, **metainfo):
     random = torch.Generator().manual_seed(0)
     images = [torch.randint(256, (3, h, w), generator=random, dtype=torch.uint8) for h, w in sizes]
     return dict(inputs=images, data_samples=samples)
+
+
+def pad(batch, *sides, value=0, **metainfo):
+    """What a Pad in the pipeline makes of the first image: top, bottom, left, right."""
+    (image, *_), (sample, *_) = batch['inputs'], batch['data_samples']
+    top, bottom, left, right = sides
+    h, w = image.shape[1:]
+    padded = torch.empty(3, h + top + bottom, w + left + right, dtype=torch.uint8)
+    padded[:] = torch.as_tensor(value).view(-1, 1, 1)
+    padded[:, top : top + h, left : left + w] = image
+    sample.set_metainfo(dict(ori_shape=(2 * h, 2 * w), scale_factor=(0.5, 0.5), img_shape=padded.shape[1:]) | metainfo)
+    return dict(batch, inputs=[padded, *batch['inputs'][1:]])
 
 
 def part(batch, i):
@@ -171,6 +180,57 @@ def test_in_training_everything_is_as_before(detector):
     assert all(map(torch.equal, detector.buffers(), expected.buffers()))
 
 
+class Pair(BaseDetector):
+    """As SemiBaseDetector: its own forward in training, the teacher's methods in evaluation, by other ways."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.student, self.teacher, self.way = PointDetector(), PointDetector(), way
+
+    def extract_feat(self, batch_inputs):
+        return self.teacher.extract_feat(batch_inputs)
+
+    def loss(self, batch_inputs, batch_data_samples):
+        self.teacher.eval()
+        x, samples = batch_inputs['sup'], batch_data_samples['sup']
+        self.found = (
+            self.teacher(x, samples, mode='predict') if self.way == 'call' else self.teacher.predict(x, samples)
+        )
+        return self.student.loss(x, samples)
+
+    def predict(self, batch_inputs, batch_data_samples):
+        if self.way == 'call':
+            return self.teacher(batch_inputs, batch_data_samples, mode='predict')
+        return self.teacher.predict(batch_inputs, batch_data_samples)
+
+    _forward = predict
+
+
+@pytest.mark.parametrize('way', ['method', 'call'])
+def test_a_detector_of_detectors(way):
+    """Training as ever, its teacher in evaluation too; evaluation without padding."""
+    model = Pair(way)
+    batch = PointDetector().data_preprocessor(data((64, 48), (33, 64)))
+    expected = model.teacher.eval()(**batch, mode='predict')
+    handle = ignore_padding(model)
+    assert handle.layers == [f'{each}.{part}.1' for each in ('student', 'teacher') for part in ('backbone', 'neck')]
+    aware = model.teacher(**batch, mode='predict')
+    assert not torch.allclose(aware, expected, rtol=1e-3)
+    model.train()(**{key: dict(sup=value) for key, value in batch.items()}, mode='loss')['loss'].backward()
+    assert torch.equal(model.found, expected)
+    assert torch.equal(model.eval()(**batch, mode='predict'), aware)
+
+
+@torch.no_grad()
+def test_an_empty_batch(detector):
+    x = torch.zeros(0, 3, 64, 64)
+    for samples in ([], None):
+        expected = detector.extract_feat(x)
+        ignore_padding(detector)
+        assert detector(x, samples, mode='tensor').shape == expected.shape == (0, 4, 8, 8)
+        ignore_padding(detector).remove()
+
+
 @torch.no_grad()
 def test_test_time_augmentation(detector):
     batch = data((64, 48), (33, 64))
@@ -200,21 +260,60 @@ class TestSizes:
     @torch.no_grad()
     def test_a_pad_in_the_pipeline_is_seen(self, detector):
         """img_shape is then the padded one, and scale_factor that of Resize: an image of 100x80 made 50x40."""
-        batch = data((64, 64), img_shape=(64, 64), ori_shape=(100, 80), scale_factor=(0.5, 0.5))
+        assert self.size_of(detector, pad(data((50, 40)), 0, 14, 0, 24)) == (50, 40)
+
+    def size_of(self, detector, batch):
+        """The size that is taken for that of the first image."""
         ignore_padding(detector)
         y = detector.test_step(batch)[0]
-        alone = dict(batch, inputs=[batch['inputs'][0][:, :50, :40]])
-        alone['data_samples'][0].set_metainfo(dict(img_shape=(50, 40)))
-        assert torch.equal(y[:, :7, :5], detector.test_step(alone)[0][:, :7, :5])
+        image, sizes = batch['inputs'][0], [(50, 40), tuple(batch['inputs'][0].shape[1:])]
+        found = []
+        for h, w in sizes:
+            alone = data((h, w))
+            alone['inputs'] = [image[:, :h, :w]]
+            rows, columns = -(-h // 8), -(-w // 8)
+            if torch.allclose(y[:, :rows, :columns], detector.test_step(alone)[0][:, :rows, :columns], rtol=1e-4):
+                found.append((h, w))
+        (size,) = found
+        return size
+
+    @pytest.mark.parametrize('value', [0, 114, (104, 117, 124)])
+    @pytest.mark.parametrize('flip', [dict(), dict(flip=True, flip_direction='horizontal')])
+    @torch.no_grad()
+    def test_a_pad_after_a_flip(self, detector, value, flip):
+        """Test-time augmentation of RTMDet and YOLOX: Resize, RandomFlip, Pad."""
+        detector.data_preprocessor = MODELS.build(
+            dict(type='DetDataPreprocessor', mean=[103.5, 116.3, 123.7], std=[57.4, 57.1, 58.4], pad_size_divisor=8)
+        )
+        assert self.size_of(detector, pad(data((50, 40)), 0, 14, 0, 24, value=value, **flip)) == (50, 40)
+        assert self.size_of(detector, pad(data((50, 40)), 0, 14, 0, 24, value=value, border=torch.ones(4))) == (50, 40)
+
+    @pytest.mark.parametrize('metainfo', [dict(), dict(flip=True), dict(pad_param=(1, 1, 1, 1))])
+    @torch.no_grad()
+    def test_two_resizes(self, detector, metainfo):
+        """scale_factor is that of the last: what is beyond ori_shape times it is image."""
+        batch = data((64, 64), ori_shape=(100, 80), scale_factor=(0.5, 0.5), **metainfo)
+        assert self.size_of(detector, batch) == (64, 64)
+        batch['inputs'][0][:, 50:] = 0  # beside it there is more
+        assert self.size_of(detector, batch) == (64, 64)
 
     @pytest.mark.parametrize(
-        'metainfo',
-        [dict(flip=True), dict(border=torch.tensor([3.0, 53, 0, 40])), dict(pad_param=(7, 7, 12, 12))],
+        ('sides', 'metainfo'),
+        [
+            ((0, 14, 24, 0), dict(flip=True)),
+            ((14, 0, 0, 24), dict(flip=True)),
+            ((0, 0, 24, 0), dict(flip=True)),
+            ((7, 7, 12, 12), dict(border=torch.tensor([7.0, 57, 12, 52]))),
+            ((7, 7, 12, 12), dict(pad_param=(7, 7, 12, 12))),
+        ],
     )
-    def test_on_which_side_is_not_known(self, detector, metainfo):
-        batch = data((64, 64), ori_shape=(100, 80), scale_factor=(0.5, 0.5), **metainfo)
+    def test_padding_on_another_side(self, detector, sides, metainfo):
+        h, w = 64 - sides[0] - sides[1], 64 - sides[2] - sides[3]
+        batch = pad(data((h, w)), *sides, value=114, **metainfo)
         ignore_padding(detector)
-        with pytest.raises(DataError, match=rf"padded 0.png from 50x40 to 64x64, and by its '{next(iter(metainfo))}'"):
+        with pytest.raises(
+            DataError, match=rf"padded 0.png from {h}x{w} to 64x64, and by its '{next(iter(metainfo))}'"
+        ):
             detector.test_step(batch)
 
     @torch.no_grad()
@@ -261,7 +360,7 @@ class TestNotKnown:
         ignore_padding(detector)
         folded = mmubn.fold(detector)
         folded.test_step(data((64, 64)))
-        with pytest.raises(ConfigError, match=r'Sequential has folded norms.*mmubn\.fold'):
+        with pytest.raises(RuntimeError, match=r'images of this batch are padded.*mmubn\.fold.*PaddingAwareHook'):
             folded.test_step(data((64, 44)))
 
     def test_no_detector(self):
@@ -300,14 +399,30 @@ class TestState:
         assert torch.equal(pickle.loads(pickle.dumps(detector)).test_step(batch), expected)
 
     @torch.no_grad()
+    def test_copies_are_switched_off(self, detector):
+        batch = data((64, 48), (33, 64))
+        plain = detector.test_step(batch)
+        ignore_padding(detector)
+        expected = detector.test_step(batch)
+        for other in (copy.deepcopy(detector), pickle.loads(pickle.dumps(detector))):
+            other.backbone.register_forward_hook(lambda *_: None)
+            ignore_padding(other).remove()
+            assert torch.equal(other.test_step(batch), plain)
+            hooks = [each for module in other.modules() for name, each in vars(module).items() if 'forward' in name]
+            assert sum(map(len, hooks)) == 1, "another's hook stays"
+        assert torch.equal(detector.test_step(batch), expected)
+
+    @torch.no_grad()
     def test_switched_on_twice(self, detector):
         batch = data((64, 48), (33, 64))
         plain = detector.test_step(batch)
         first, second = ignore_padding(detector), ignore_padding(detector)
         assert first.layers == second.layers
         assert len(detector._forward_pre_hooks) == 1
-        second.remove()
+        assert not second.handles
         assert not torch.equal(detector.test_step(batch), plain)
+        second.remove()
+        assert torch.equal(detector.test_step(batch), plain)
         first.remove()
         assert torch.equal(detector.test_step(batch), plain)
 
@@ -350,6 +465,17 @@ class TestHook:
         hook.before_run(runner)  # after a run that was stopped
         hook.after_run(runner)
         assert torch.equal(detector.test_step(batch), plain)
+        assert not detector._forward_pre_hooks
+
+    @torch.no_grad()
+    def test_leaves_on_what_was_on(self, detector):
+        batch, hook, runner = data((64, 48), (33, 64)), PaddingAwareHook(), self.runner(detector, [])
+        handle = ignore_padding(detector)
+        expected = detector.test_step(batch)
+        hook.before_run(runner)
+        hook.after_run(runner)
+        assert torch.equal(detector.test_step(batch), expected)
+        handle.remove()
         assert not detector._forward_pre_hooks
 
     def test_of_a_model_without_pooled_terms(self):
