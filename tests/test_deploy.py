@@ -160,6 +160,7 @@ class TestCompile:
             torch.testing.assert_close(compiled(x), eager(x))
         assert counter.frame_count == 2, 'one of the first size, one dynamic'
 
+    @pytest.mark.slow
     def test_resnet18(self):
         eager = resnet(18, num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(0, 1))
         net = copy.deepcopy(eager)

@@ -11,6 +11,14 @@ from mmubn.analysis.demo import new_result
 from mmubn.cli import UsageError
 
 
+@pytest.fixture
+def own_signals():
+    """What runs in the background ignores an interrupt, and so do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize('earlier', [True, False])
 @pytest.mark.parametrize(
     ('stop', 'error'),
@@ -21,7 +29,7 @@ from mmubn.cli import UsageError
         (lambda: Path('/proc/new').touch(), OSError),
     ],
 )
-def test_a_demo_that_does_not_end_says_what_is_where(tmp_path, capsys, earlier, stop, error):
+def test_a_demo_that_does_not_end_says_what_is_where(tmp_path, capsys, earlier, stop, error, own_signals):
     folder = tmp_path / 'demo'
     if earlier:
         folder.mkdir()

@@ -132,9 +132,10 @@ def layouts_of_maps(launches):
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
 
-# An Inductor run takes seconds: the quick tests have the case in which all was copied.
+# An Inductor run takes seconds, in training many: the quick tests have one case.
+QUICK = (Residual, 'evaluation', FORMATS[0])
 CASES = [
-    pytest.param(network, mode, format, marks=() if (network, format) == (Residual, FORMATS[0]) else pytest.mark.slow)
+    pytest.param(network, mode, format, marks=() if (network, mode, format) == QUICK else pytest.mark.slow)
     for network in (Residual, PreActivation)
     for mode in ('training', 'evaluation')
     for format in FORMATS

@@ -108,6 +108,9 @@ SLOW = {
     'channels_last fp16': (90,),
     'nchw fp32': (80,),
     'channels_last fp32': (90,),
+    'nchw bf16': (90,),
+    'channels_last bf16': (80,),
+    'k5': (90,),
 }
 COMPILATIONS = [
     pytest.param(name, architecture, marks=[pytest.mark.slow] * (architecture in SLOW.get(name, ())))

@@ -112,6 +112,7 @@ def test_network(run):
     assert is_drawn(folder / 'plot.png')
 
 
+@pytest.mark.slow
 def test_sweep(run):
     printed, rows, folder = run(
         *('sweep', '--base', '2,4,6,6', '--batch-sizes', '1', '2', '4', '--channels', '4', '8', '--sides', '3', '6'),

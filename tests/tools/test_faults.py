@@ -347,7 +347,8 @@ class TestDeaths:
         assert run.launchers[0].wait(30) != 0
         assert run.all_end(15)
 
-    @pytest.mark.parametrize('killed', [pytest.param(0, marks=pytest.mark.slow), 1])
+    @pytest.mark.slow
+    @pytest.mark.parametrize('killed', [0, 1])
     def test_of_a_node(self, nodes, killed):
         run = nodes(1, nodes=2)
         kill(run.trees[killed])

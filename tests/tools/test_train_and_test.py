@@ -200,6 +200,7 @@ class TestSeveralProcesses:
             assert result.returncode == 0, result.stdout
         assert coco(one) == coco(two) != {}, 'the evaluation must not depend on the number of processes'
 
+    @pytest.mark.slow
     def test_four_processes_with_sync_ubn(self, small, tmp_path):
         options = ['train_cfg.max_epochs=1', 'train_dataloader.batch_size=1', 'model.backbone.norm_cfg.type=SyncUBN']
         for result in ranks(4, 'train.py', CONFIG, '--work-dir', tmp_path, '--cfg-options', *small, *options):
@@ -228,6 +229,7 @@ class TestSeveralProcesses:
         assert steps(tmp_path) == [1, 2], 'each of two processes has half of the samples'
         assert 'GPU number: 2' in outputs[0], 'MMEngine logs the number of processes under this name'
 
+    @pytest.mark.slow
     def test_slurm(self, toy_config, tmp_path):
         """A stand-in for srun that starts two tasks on this machine."""
         srun = tmp_path / 'bin' / 'srun'

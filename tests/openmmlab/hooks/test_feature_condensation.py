@@ -339,7 +339,7 @@ class TestTrainingIsTheSame:
         assert len(losses[0]) == 6
         return model.state_dict(), runner.optim_wrapper.state_dict(), generators, losses
 
-    @pytest.mark.parametrize('workers', [0, 2])
+    @pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
     def test_bit_for_bit(self, tmp_path, workers):
         """With augmentation and dropout by all generators, frozen statistics, a validation after each epoch."""
         hook = FeatureCondensationHook(interval=1, fixed_interval=1, num_samples=5)
