@@ -25,7 +25,8 @@ def launched(monkeypatch, tmp_path):
         yield found
 
 
-@pytest.mark.parametrize('training', [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('training', [True, False])
 def test_a_replay_launches_what_the_steps_do(launched, training):
     layer = randomize(UBN(SHAPE[1])).train(training)
     x, dy = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)

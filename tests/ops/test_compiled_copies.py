@@ -132,16 +132,15 @@ def layouts_of_maps(launches):
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
 
-# An Inductor run takes seconds, in training many: the quick tests have one case.
-QUICK = (Residual, 'evaluation', FORMATS[0])
 CASES = [
-    pytest.param(network, mode, format, marks=() if (network, mode, format) == QUICK else pytest.mark.slow)
+    (network, mode, format)
     for network in (Residual, PreActivation)
     for mode in ('training', 'evaluation')
     for format in FORMATS
 ]
 
 
+@pytest.mark.slow  # an Inductor run takes many seconds
 @pytest.mark.parametrize(('network', 'mode', 'format'), CASES)
 def test_nothing_is_copied_for_an_operator(network, mode, format, copied_inside):
     program, launches = run(network, format, mode)

@@ -73,6 +73,10 @@ def without(monkeypatch):
     return run
 
 
+def slow(case):
+    return pytest.param(case, marks=pytest.mark.slow)
+
+
 def batches(number=4, dtype=torch.float32, format=torch.contiguous_format, shape=SHAPE):
     """Of similar samples and of others by turns, so that a gate opens and closes, and their gradients."""
     generator = torch.Generator().manual_seed(0)
@@ -194,19 +198,19 @@ def test_which_gradients_are_wanted(wanted, without, replays):
     'change',
     [
         lambda layer: layer.half(),
-        lambda layer: layer.double(),
+        slow(lambda layer: layer.double()),
         lambda layer: setattr(layer, 'momentum', None),
-        lambda layer: setattr(layer, 'momentum', 0.0),
+        slow(lambda layer: setattr(layer, 'momentum', 0.0)),
         lambda layer: setattr(layer, 'track_running_stats', False),
         lambda layer: setattr(layer, 'num_batches_tracked', None),
-        lambda layer: setattr(layer, 'num_batches_tracked', torch.tensor(3.0)),
-        lambda layer: setattr(layer, 'num_batches_tracked', torch.tensor(3, dtype=torch.int32)),
+        slow(lambda layer: setattr(layer, 'num_batches_tracked', torch.tensor(3.0))),
+        slow(lambda layer: setattr(layer, 'num_batches_tracked', torch.tensor(3, dtype=torch.int32))),
         lambda layer: setattr(layer, 'running_similarity', torch.tensor(0.9, dtype=torch.float64)),
         lambda layer: setattr(layer, '_gate', lambda x, moments: torch.zeros((), dtype=torch.bool)),
-        lambda layer: setattr(layer, 'momentum', np.float32(0.3)),
+        slow(lambda layer: setattr(layer, 'momentum', np.float32(0.3))),
         lambda layer: [setattr(layer, name, None) for name in list(layer._buffers)],
         lambda layer: setattr(layer, 'bias', torch.nn.Parameter(torch.ones(2 * SHAPE[1])[::2])),
-        lambda layer: setattr(layer, 'eps', 0.1),
+        slow(lambda layer: setattr(layer, 'eps', 0.1)),
         lambda layer: setattr(layer, 'threshold', -1.0),
         lambda layer: torch.nn.utils.parametrize.register_parametrization(layer, 'weight', torch.nn.Tanh()),
     ],
@@ -222,6 +226,7 @@ def test_a_layer_that_changes_in_between(change, without):
     same(run(layer), expected)
 
 
+@pytest.mark.slow
 def test_inputs_of_other_traits(without):
     """Another shape, layout, dtype or alignment is another step; a gradient may have any strides, or be the input."""
     traits = (SHAPE, torch.float32, FORMATS[0]), ((1, 2, 4, 4), torch.half, FORMATS[1])

@@ -111,6 +111,7 @@ SLOW = {
     'nchw bf16': (90,),
     'channels_last bf16': (80,),
     'k5': (90,),
+    'odd sizes': (90,),
 }
 COMPILATIONS = [
     pytest.param(name, architecture, marks=[pytest.mark.slow] * (architecture in SLOW.get(name, ())))

@@ -627,6 +627,7 @@ def test_no_kernel_reads_what_has_no_memory(operator_calls, name):
         torch.vmap(lambda value: function(value, *others))(first[None])
 
 
+@pytest.mark.slow
 def test_operators_under_torch_compile():
     compiled = torch.compile(layer, backend='aot_eager', fullgraph=True, dynamic=True)
     for seed, (shape, layout) in enumerate((((2, 3, 4, 5), 'nchw'), ((3, 3, 6, 4), 'channels_last'))):

@@ -496,7 +496,7 @@ ELSEWHERE = {
 }
 
 
-@pytest.mark.parametrize('stage', ['layers', 'features', 'compilation', 'speed'])
+@pytest.mark.parametrize('stage', ['layers', 'features', 'compilation', pytest.param('speed', marks=pytest.mark.slow)])
 def test_checks_as_on_a_gpu(as_on_a_gpu, stage):
     found = [
         worker.outcome_of(stage, check, CPU)
