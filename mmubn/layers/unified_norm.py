@@ -236,8 +236,7 @@ class UnifiedNorm(nn.BatchNorm2d):
             ValueError: As :meth:`~mmubn.layers.areas.ImageAreas.in_map`.
         """
         images = areas.current()
-        has_pooled_terms = self.centering or self.scaling is not None
-        if images is None or self._uses_batch() or not has_pooled_terms:
+        if images is None or self._uses_batch() or not self.has_pooled_terms:
             return None
         if torch.jit.is_tracing() or torch.compiler.is_compiling():
             raise RuntimeError('a graph would hold the image sizes of this batch: trace or export without image areas.')
@@ -285,6 +284,11 @@ class UnifiedNorm(nn.BatchNorm2d):
 
     def _has_running_statistics(self) -> bool:
         return self._own('running_mean') is not None or self._own('running_var') is not None
+
+    @property
+    def has_pooled_terms(self) -> bool:
+        """Whether the output depends on means of each map: there is centering or a factor."""
+        return self.centering or self.scaling is not None
 
     def _uses_batch(self) -> bool:
         """Whether the batch's statistics may normalise: in training, and where there are no others, as in BatchNorm."""

@@ -64,7 +64,7 @@ def _moments(layer: UnifiedNorm) -> int:
     """How many moments of each image and channel the layer needs in evaluation."""
     if layer.scaling == 'unitized':
         return 2
-    return int(layer.centering or layer.scaling is not None)
+    return int(layer.has_pooled_terms)
 
 
 def _stand_in(layer: UnifiedNorm, x: Tensor) -> Tensor:

@@ -101,11 +101,7 @@ def ignore_padding(model: nn.Module) -> PaddingAwareness:
 
 def layers_with_pooled_terms(module: nn.Module) -> list[str]:
     """Names of the norms of this package whose output depends on means over the whole map."""
-    return [
-        name
-        for name, each in module.named_modules()
-        if isinstance(each, UnifiedNorm) and (each.centering or each.scaling is not None)
-    ]
+    return [name for name, each in module.named_modules() if isinstance(each, UnifiedNorm) and each.has_pooled_terms]
 
 
 def _hook(module: nn.Module, enter: Any) -> list[Any]:
