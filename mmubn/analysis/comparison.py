@@ -22,7 +22,7 @@ from mmubn.analysis.runs import (
 from mmubn.analysis.sweeps import RUN_DONE, Sweep
 from mmubn.cli import UsageError
 
-__all__ = ['Curve', 'compared', 'difference', 'plot', 'read_curves', 'summarize', 'write_tables']
+__all__ = ['Curve', 'compared', 'difference', 'plot', 'read_curves', 'read_table', 'summarize', 'write_tables']
 
 
 @dataclass
@@ -82,9 +82,10 @@ def read_curves(sweep: Sweep, work_dir: Path) -> dict[str, dict[str, Curve]]:
     return curves
 
 
-def difference(curve: Curve, baseline: Curve) -> tuple[float, float, float] | None:
-    """Compute the mean difference of the last values and its 95% confidence interval by a paired t-test over seeds.
+def difference(curve: Curve, baseline: Curve, comparisons: int = 1) -> tuple[float, float, float] | None:
+    """Compute the mean difference of the last values and its confidence interval by a paired t-test over seeds.
 
+    The interval is of 1 - 0.05 / m for m ``comparisons``: by Bonferroni's inequality all m hold at once in 95%.
     None with fewer than two seeds in common.
     """
     seeds = [seed for seed in curve.seeds if seed in baseline.seeds]
@@ -93,7 +94,7 @@ def difference(curve: Curve, baseline: Curve) -> tuple[float, float, float] | No
     own, other = ([each.last[seed] for seed in seeds] for each in (curve, baseline))
     if np.ptp(np.subtract(own, other)) == 0:
         return (own[0] - other[0],) * 3
-    interval = stats.ttest_rel(own, other).confidence_interval(0.95)
+    interval = stats.ttest_rel(own, other).confidence_interval(1 - 0.05 / comparisons)
     return float(np.mean(np.subtract(own, other))), float(interval.low), float(interval.high)
 
 
@@ -117,7 +118,9 @@ def summarize(sweep: Sweep, curves: dict[str, dict[str, Curve]]) -> str:
         target = sweep.target if i == 0 else None
         baseline = by_label.get(sweep.baseline)
         header += [f'{step}s to {target:g} (seeds that reach it)'] if target is not None else []
+        comparisons = _comparisons(by_label, baseline) if baseline else 0
         header += [f'difference from {sweep.baseline}, 95% interval'] if baseline else []
+        header += [f'interval of all {comparisons} at once'] if comparisons > 1 else []
         lines += [f'| {" | ".join(header)} |', f'|{"---|" * len(header)}']
         for label, curve in by_label.items():
             last = curve.values[:, -1]
@@ -125,7 +128,10 @@ def summarize(sweep: Sweep, curves: dict[str, dict[str, Curve]]) -> str:
             cells.append(f'{last.std(ddof=1):.{digits}f}' if len(last) > 1 else '')
             cells.append(f'{last.min():.{digits}f} to {last.max():.{digits}f}')
             cells += [reached(curve, target)] if target is not None else []
-            cells += [compared(curve, baseline, digits) if label != sweep.baseline else ''] if baseline else []
+            if baseline:
+                own = label != sweep.baseline
+                empty = ['', ''] if comparisons > 1 else ['']
+                cells += _compared_in_table(curve, baseline, digits, comparisons) if own else empty
             lines.append(f'| {" | ".join(cells)} |')
         lines += ['', *course(metric, by_label), '']
         if baseline:
@@ -179,14 +185,34 @@ def _step(by_label: dict[str, Curve]) -> str:
     return next(iter(by_label.values())).step
 
 
-def compared(curve: Curve, baseline: Curve, digits: int) -> str:
-    if (interval := difference(curve, baseline)) is None:
+def compared(curve: Curve, baseline: Curve, digits: int, comparisons: int = 1) -> str:
+    """Write the :func:`difference` and what its interval says."""
+    if (interval := difference(curve, baseline, comparisons)) is None:
         return ''
-    if curve.seeds == baseline.seeds and np.array_equal(curve.values, baseline.values):
+    if _are_identical(curve, baseline):
         return 'identical'  # runs, to the last bit: an interval would be of nothing
     mean, low, high = interval
     verdict = 'higher' if low > 0 else 'lower' if high < 0 else 'not told apart'
     return f'{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]: {verdict}'
+
+
+def _are_identical(curve: Curve, baseline: Curve) -> bool:
+    return curve.seeds == baseline.seeds and np.array_equal(curve.values, baseline.values)
+
+
+def _comparisons(by_label: dict[str, Curve], baseline: Curve) -> int:
+    """Count the differences from the baseline that chance can make significant."""
+    return sum(not _are_identical(curve, baseline) for curve in by_label.values())
+
+
+def _compared_in_table(curve: Curve, baseline: Curve, digits: int, comparisons: int) -> list[str]:
+    """Write the difference with its interval and, of several in a table, what the interval of all at once says."""
+    alone = compared(curve, baseline, digits)
+    if comparisons < 2:
+        return [alone]
+    if _are_identical(curve, baseline):
+        return [alone, '']
+    return [alone.partition(':')[0], compared(curve, baseline, digits, comparisons).partition(' ')[2]]
 
 
 def write_csv(path: Path, header: list[str], rows: list[list]) -> None:
@@ -208,6 +234,24 @@ def write_tables(sweep: Sweep, curves: dict[str, dict[str, Curve]], folder: Path
                 epochs.append([label, metric, epoch, len(values), values.mean(), spread])
     write_csv(folder / 'runs.csv', ['choice', 'seed', 'metric', 'epoch', 'value'], runs)
     write_csv(folder / 'epochs.csv', ['choice', 'metric', 'epoch', 'seeds', 'mean', 'standard deviation'], epochs)
+
+
+def read_table(path: Path) -> dict[str, dict[str, Curve]]:
+    """Read what :func:`write_tables` wrote to runs.csv, by metric and label."""
+    found: dict[str, dict[str, dict[int, dict[int, float]]]] = {}
+    with path.open(newline='') as file:
+        for row in csv.DictReader(file):
+            seeds = found.setdefault(row['metric'], {}).setdefault(row['choice'], {})
+            seeds.setdefault(int(row['seed']), {})[int(row['epoch'])] = float(row['value'])
+    return {
+        metric: {
+            label: Curve(
+                list(seeds), list(next(iter(seeds.values()))), np.array([[*v.values()] for v in seeds.values()])
+            )
+            for label, seeds in by_label.items()
+        }
+        for metric, by_label in found.items()
+    }
 
 
 def plot(sweep: Sweep, metric: str, by_label: dict[str, Curve], out: Path) -> None:

