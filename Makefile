@@ -8,13 +8,15 @@ export PATH := $(BIN):$(PATH)
 # Two processes; where one dies, the tests end and name what it ran (with another in its place pytest-xdist hangs).
 PYTEST_OPTIONS := -n 2 --max-worker-restart 0
 RESULTS := OMP_NUM_THREADS=1 $(BIN)/python tools/analysis_tools/compare_norms.py configs/sweeps/digits.yml --jobs 2 --sweeps
+COST := OMP_NUM_THREADS=1 $(BIN)/python tools/analysis_tools/measure_cost.py configs/sweeps/digits.yml --sweeps
 
-.PHONY: help setup check-gpu demo demo-classification results-classification results-ablation results-condensation results-detection results-padding test test-all docs dist lint lock clean
+.PHONY: help setup check-gpu demo demo-classification results results-classification results-ablation results-condensation results-detectors results-rates results-gate results-placement results-padding splits test test-all docs dist lint lock clean
 
 help:
 	@echo 'make demo   train a small Mask R-CNN with UBN on real digits and evaluate it (results in work_dirs/demo)'
 	@echo 'make demo-classification   train a small ResNet with BN and with UBN on real digits and compare them'
-	@echo 'make results-NAME   the runs of docs/results.md; NAME is classification, ablation, condensation or detection; results-padding those of docs/padding.md'
+	@echo 'make results-NAME   the runs of docs/results.md; NAME is classification, ablation, condensation, detectors, rates, gate or placement; results-padding those of docs/padding.md'
+	@echo 'make results   write docs/results.md from the runs that are done'
 	@echo 'make test   run the tests; make test-all also runs the few that take minutes'
 	@echo 'make check-gpu   see whether the layers are right and fast on this GPU, with a PYTHON that has torch, Triton, pytest'
 	@echo 'make docs   build the pages and the API reference as a site (work_dirs/docs/index.html)'
@@ -46,11 +48,35 @@ results-condensation: setup
 	$(RESULTS) condensation
 	$(BIN)/python tools/analysis_tools/plot_condensation.py work_dirs/digits/condensation/*/seed*/ \
 	    --out work_dirs/digits/condensation/similarity.png
+	$(BIN)/python tools/analysis_tools/plot_condensation.py work_dirs/digits/condensation/*/seed0/ \
+	    --out work_dirs/digits/condensation/seed0.png
 
-# The handed-over backbones are those of the classification.
-results-detection: results-classification
-	$(BIN)/python tools/dataset_converters/digits_to_coco.py data/digits-150 --num-train 150
-	$(RESULTS) detection-from-scratch detection-handed-over
+# The backbones of detectors-start are those of the condensation.
+results-detectors: results-condensation
+	$(BIN)/python tools/dataset_converters/digits_to_coco.py data/digits
+	$(RESULTS) detectors detectors-start detectors-placement
+	$(COST) detectors detectors-placement
+
+results-rates: splits
+	$(RESULTS) learning-rate mnist
+
+results-gate: splits
+	$(RESULTS) gate
+
+results-placement: splits
+	$(RESULTS) placement fresh-kernel
+	$(COST) placement
+
+splits: setup
+	for seed in 0 1 2 3 4; do \
+	    $(BIN)/python tools/dataset_converters/digits_to_imagefolder.py data/digits-36-split$$seed --size 36 \
+	        --seed $$seed --val-share 0.2 --test-share 0.25 || exit 1; \
+	    $(BIN)/python tools/dataset_converters/digits_to_imagefolder.py data/mnist-36-split$$seed --source mnist --size 36 \
+	        --seed $$seed --val-share 0.1 --test-share 0.3 --train-per-class 200 --test-per-class 100 || exit 1; \
+	done
+
+results: setup
+	$(BIN)/python tools/misc/write_results.py --from work_dirs/digits
 
 results-padding: setup
 	$(BIN)/python tools/dataset_converters/digits_to_coco.py data/digits
@@ -92,4 +118,4 @@ lock:
 	    --upgrade -c requirements/lock.txt requirements/lock-cuda.in -o requirements/lock-cuda.txt
 
 clean:
-	rm -rf $(VENV) work_dirs/demo work_dirs/demo.* work_dirs/demo-classification work_dirs/demo-classification.* data/digits data/digits-36 data/digits-150
+	rm -rf $(VENV) work_dirs/demo work_dirs/demo.* work_dirs/demo-classification work_dirs/demo-classification.* data/digits data/digits-36* data/mnist-36*

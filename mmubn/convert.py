@@ -64,7 +64,7 @@ def convert_norms(
     strict: bool = True,
     **options: Any,
 ) -> nn.Module:
-    """Replace the norms of a built model by norms of another type that compute exactly the same function.
+    """Replace the norms of a built model by norms of another type that compute the same function, up to rounding.
 
     The same in evaluation and, as long as the gate of a UBN is open, in training. Converted are BatchNorm2d,
     SyncBatchNorm, timm's layers of a BatchNorm and its activation, and the norms of this package; a UBN in the place of

@@ -89,5 +89,17 @@ def test_where_the_gate_acts():
 
 
 def test_readmes_name_every_config():
-    for path in (path for path in (ROOT / 'configs').glob('*/*.py') if path.parent.name != '_base_'):
-        assert path.name in (path.parent / 'README.md').read_text(), path.name
+    for path in (ROOT / 'configs').glob('*/*.py'):
+        if path.parent.name not in ('_base_', 'sweeps'):
+            assert path.name in (path.parent / 'README.md').read_text(), path.name
+
+
+def test_configs_of_sweeps_are_those_that_sweep_files_name():
+    """Or bases of one. tests/analysis/test_sweeps.py reads all that the sweep files name."""
+    folder = ROOT / 'configs' / 'sweeps'
+    files = [*folder.glob('*.yml'), *folder.glob('*.py')]
+    text = ''.join(path.read_text() for path in files)
+    paths = sorted(folder.glob('*.py'))
+    assert paths
+    for path in paths:
+        assert f'mmubn::sweeps/{path.name}' in text or f"'./{path.name}'" in text, path.name

@@ -188,6 +188,7 @@ READS_AND_WRITES = {
     'tools/analysis_tools/host_time.py': ('', ''),
     'tools/analysis_tools/inspect_kernels.py': ('', ''),
     'tools/analysis_tools/make_report.py': ('work_dir', 'out'),
+    'tools/analysis_tools/measure_cost.py': ('sweeps_file work_dir', ''),
     'tools/analysis_tools/measure_padding.py': ('sweeps_file work_dir', ''),
     'tools/analysis_tools/plot_condensation.py': ('runs', 'out'),
     'tools/analysis_tools/plot_curves.py': ('runs', 'out'),

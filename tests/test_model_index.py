@@ -1,4 +1,4 @@
-"""model-index.yml and the metafiles: every config, once, and no number that its folder's README does not have."""
+"""model-index.yml and the metafiles: each model once, and no number that its folder's README does not have."""
 
 import re
 from collections import Counter
@@ -9,7 +9,8 @@ import yaml
 from modelindex.load_model_index import load
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted(path for path in (ROOT / 'configs').glob('*/*.py') if path.parent.name != '_base_')
+# _base_ has parts of configs, sweeps what compare_norms.py trains.
+CONFIGS = sorted(path for path in (ROOT / 'configs').glob('*/*.py') if path.parent.name not in ('_base_', 'sweeps'))
 METAFILES = sorted((ROOT / 'configs').glob('*/metafile.yml'))
 MODELS = [(path, model) for path in METAFILES for model in yaml.safe_load(path.read_text())['Models']]
 

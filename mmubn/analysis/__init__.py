@@ -10,7 +10,10 @@
 - :mod:`~mmubn.analysis.metrics`: in which units metrics are.
 - :mod:`~mmubn.analysis.curves`: curves of runs, a quantity on each axis.
 - :mod:`~mmubn.analysis.sweeps`: sweep files.
+- :mod:`~mmubn.analysis.sweep_norms`: norms that are compared in sweeps alone: other gates, random kernels.
 - :mod:`~mmubn.analysis.comparison`: the runs of a sweep compared.
+- :mod:`~mmubn.analysis.cost`: what the choices of a sweep cost.
+- :mod:`~mmubn.analysis.trained`: the runner of a run that is done.
 - :mod:`~mmubn.analysis.condensation`: how condensed the features of runs are.
 - :mod:`~mmubn.analysis.predictions`: what a run's last checkpoint predicts.
 - :mod:`~mmubn.analysis.demo`: where the demos put their results.

@@ -22,7 +22,17 @@ from mmubn.analysis.runs import (
 from mmubn.analysis.sweeps import RUN_DONE, Sweep
 from mmubn.cli import UsageError
 
-__all__ = ['Curve', 'compared', 'difference', 'plot', 'read_curves', 'read_table', 'summarize', 'write_tables']
+__all__ = [
+    'Curve',
+    'compared',
+    'count_comparisons',
+    'difference',
+    'plot',
+    'read_curves',
+    'read_table',
+    'summarize',
+    'write_tables',
+]
 
 
 @dataclass
@@ -88,14 +98,17 @@ def difference(curve: Curve, baseline: Curve, comparisons: int = 1) -> tuple[flo
     The interval is of 1 - 0.05 / m for m ``comparisons``: by Bonferroni's inequality all m hold at once in 95%.
     None with fewer than two seeds in common.
     """
-    seeds = [seed for seed in curve.seeds if seed in baseline.seeds]
+    seeds = _common_seeds(curve, baseline)
     if len(seeds) < 2:
         return None
-    own, other = ([each.last[seed] for seed in seeds] for each in (curve, baseline))
-    if np.ptp(np.subtract(own, other)) == 0:
-        return (own[0] - other[0],) * 3
-    interval = stats.ttest_rel(own, other).confidence_interval(1 - 0.05 / comparisons)
-    return float(np.mean(np.subtract(own, other))), float(interval.low), float(interval.high)
+    differences = np.array([curve.last[seed] - baseline.last[seed] for seed in seeds])
+    mean, error = differences.mean(), differences.std(ddof=1) / len(seeds) ** 0.5
+    half = stats.t.ppf(1 - 0.05 / comparisons / 2, len(seeds) - 1) * error
+    return float(mean), float(mean - half), float(mean + half)
+
+
+def _common_seeds(curve: Curve, baseline: Curve) -> list[int]:
+    return [seed for seed in curve.seeds if seed in baseline.seeds]
 
 
 def reached(curve: Curve, target: float) -> str:
@@ -118,7 +131,7 @@ def summarize(sweep: Sweep, curves: dict[str, dict[str, Curve]]) -> str:
         target = sweep.target if i == 0 else None
         baseline = by_label.get(sweep.baseline)
         header += [f'{step}s to {target:g} (seeds that reach it)'] if target is not None else []
-        comparisons = _comparisons(by_label, baseline) if baseline else 0
+        comparisons = count_comparisons(by_label, baseline) if baseline else 0
         header += [f'difference from {sweep.baseline}, 95% interval'] if baseline else []
         header += [f'interval of all {comparisons} at once'] if comparisons > 1 else []
         lines += [f'| {" | ".join(header)} |', f'|{"---|" * len(header)}']
@@ -197,12 +210,17 @@ def compared(curve: Curve, baseline: Curve, digits: int, comparisons: int = 1) -
 
 
 def _are_identical(curve: Curve, baseline: Curve) -> bool:
-    return curve.seeds == baseline.seeds and np.array_equal(curve.values, baseline.values)
+    """Tell whether the runs of every common seed are the same, from the first epoch to the last."""
+    seeds = _common_seeds(curve, baseline)
+    own, other = (each.values[[each.seeds.index(seed) for seed in seeds]] for each in (curve, baseline))
+    return np.array_equal(own, other)
 
 
-def _comparisons(by_label: dict[str, Curve], baseline: Curve) -> int:
-    """Count the differences from the baseline that chance can make significant."""
-    return sum(not _are_identical(curve, baseline) for curve in by_label.values())
+def count_comparisons(by_label: dict[str, Curve], baseline: Curve) -> int:
+    """Count the intervals of a table: there is none where seeds are missing, or all runs are those of the baseline."""
+    return sum(
+        difference(curve, baseline) is not None and not _are_identical(curve, baseline) for curve in by_label.values()
+    )
 
 
 def _compared_in_table(curve: Curve, baseline: Curve, digits: int, comparisons: int) -> list[str]:
@@ -223,35 +241,41 @@ def write_csv(path: Path, header: list[str], rows: list[list]) -> None:
 
 
 def write_tables(sweep: Sweep, curves: dict[str, dict[str, Curve]], folder: Path) -> None:
-    """Write runs.csv, every value that was measured, and epochs.csv, mean and standard deviation after every epoch."""
+    """Write runs.csv, every value that was measured, and epochs.csv, mean and standard deviation after every epoch.
+
+    The column ``epoch`` is called ``iteration`` where runs have no epochs; runs of both kinds have both columns.
+    """
+    steps = sorted({curve.step for by_label in curves.values() for curve in by_label.values()}) or ['epoch']
     runs, epochs = [], []
     for metric, by_label in curves.items():
         for label, curve in by_label.items():
+            after = [[epoch if step == curve.step else '' for step in steps] for epoch in curve.epochs]
             for seed, values in zip(curve.seeds, curve.values, strict=True):
-                runs += [[label, seed, metric, epoch, value] for epoch, value in zip(curve.epochs, values, strict=True)]
-            for epoch, values in zip(curve.epochs, curve.values.T, strict=True):
+                runs += [[label, seed, metric, *epoch, value] for epoch, value in zip(after, values, strict=True)]
+            for epoch, values in zip(after, curve.values.T, strict=True):
                 spread = values.std(ddof=1) if len(values) > 1 else ''
-                epochs.append([label, metric, epoch, len(values), values.mean(), spread])
-    write_csv(folder / 'runs.csv', ['choice', 'seed', 'metric', 'epoch', 'value'], runs)
-    write_csv(folder / 'epochs.csv', ['choice', 'metric', 'epoch', 'seeds', 'mean', 'standard deviation'], epochs)
+                epochs.append([label, metric, *epoch, len(values), values.mean(), spread])
+    write_csv(folder / 'runs.csv', ['choice', 'seed', 'metric', *steps, 'value'], runs)
+    write_csv(folder / 'epochs.csv', ['choice', 'metric', *steps, 'seeds', 'mean', 'standard deviation'], epochs)
 
 
 def read_table(path: Path) -> dict[str, dict[str, Curve]]:
-    """Read what :func:`write_tables` wrote to runs.csv, by metric and label."""
+    """Read what :func:`write_tables` wrote to runs.csv, by metric and label; the curves have no tag."""
     found: dict[str, dict[str, dict[int, dict[int, float]]]] = {}
+    steps = {}
     with path.open(newline='') as file:
         for row in csv.DictReader(file):
-            seeds = found.setdefault(row['metric'], {}).setdefault(row['choice'], {})
-            seeds.setdefault(int(row['seed']), {})[int(row['epoch'])] = float(row['value'])
-    return {
-        metric: {
-            label: Curve(
-                list(seeds), list(next(iter(seeds.values()))), np.array([[*v.values()] for v in seeds.values()])
-            )
-            for label, seeds in by_label.items()
-        }
-        for metric, by_label in found.items()
-    }
+            metric, label = row['metric'], row['choice']
+            step = steps[metric] = next(step for step in ('epoch', 'iteration') if row.get(step))
+            seeds = found.setdefault(metric, {}).setdefault(label, {})
+            seeds.setdefault(int(row['seed']), {})[int(row[step])] = float(row['value'])
+    curves: dict[str, dict[str, Curve]] = {}
+    for metric, by_label in found.items():
+        for label, seeds in by_label.items():
+            epochs = list(next(iter(seeds.values())))
+            values = np.array([list(by_epoch.values()) for by_epoch in seeds.values()])
+            curves.setdefault(metric, {})[label] = Curve(list(seeds), epochs, values, step=steps[metric])
+    return curves
 
 
 def plot(sweep: Sweep, metric: str, by_label: dict[str, Curve], out: Path) -> None:

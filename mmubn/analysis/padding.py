@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,9 +13,8 @@ from torch import Tensor, nn
 from mmubn.analysis.metrics import decimals
 from mmubn.analysis.predictions import last_checkpoint
 from mmubn.analysis.sweeps import SweepRun
+from mmubn.analysis.trained import trained_runner
 from mmubn.cli import UsageError
-from mmubn.cli.runner import build_runner
-from mmubn.openmmlab.hooks.checkpoint_fit import CheckpointFitHook
 
 __all__ = ['EVALUATIONS', 'Row', 'difference', 'measure', 'table']
 
@@ -42,7 +39,7 @@ def measure(run: SweepRun, folder: Path, pad: int) -> list[Row]:
     else:
         found, maps = {}, []
         for evaluation in EVALUATIONS:
-            found[evaluation], own = _evaluate(run, folder, checkpoint, evaluation, pad)
+            found[evaluation], own = _evaluate(run, folder, evaluation, pad)
             maps = maps or own
             found[evaluation][CHANGE] = difference(own, maps)
         path.write_text(json.dumps(dict(checkpoint=checkpoint.name, values=found), indent=1))
@@ -53,20 +50,14 @@ def measure(run: SweepRun, folder: Path, pad: int) -> list[Row]:
     ]
 
 
-def _evaluate(
-    run: SweepRun, folder: Path, checkpoint: Path, evaluation: str, pad: int
-) -> tuple[dict[str, float], list[list[Tensor]]]:
+def _evaluate(run: SweepRun, folder: Path, evaluation: str, pad: int) -> tuple[dict[str, float], list[list[Tensor]]]:
     """The metrics, and for each image the maps of the neck."""
-    cfg = copy.deepcopy(run.load())
-    cfg.work_dir, cfg.load_from, cfg.resume, cfg.launcher = str(folder / 'padding'), str(checkpoint), False, 'none'
+    cfg = run.load()
     if evaluation != EVALUATIONS[0]:
         cfg.model.data_preprocessor.pad_size_divisor = pad
     if evaluation == EVALUATIONS[2]:
         cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='PaddingAwareHook')]
-    # Several evaluations in one process: each of its own name, and without a visualizer, of which there can be but one.
-    cfg.default_hooks.pop('visualization', None)
-    cfg.experiment_name = f'{folder.name}-{EVALUATIONS.index(evaluation)}-{time.time_ns()}'
-    runner = build_runner(cfg, CheckpointFitHook(whole=True), splits=('test',))
+    runner = trained_runner(cfg, folder, folder / 'padding', ('test',))
     if not isinstance(getattr(runner.model, 'neck', None), nn.Module):
         raise UsageError(f'{run}: {type(runner.model).__name__} has no neck, whose maps are compared.')
     maps: list[list[Tensor]] = []

@@ -16,7 +16,7 @@ __all__ = ['convert_state_dict']
 
 
 def convert_state_dict(model: nn.Module, state_dict: Mapping) -> OrderedDict:
-    """A state dict in which every norm of this package in ``model`` has its own layout, of exactly the same function.
+    """A state dict in which every norm of this package in ``model`` has its own layout and, to rounding, its function.
 
     ``load_state_dict`` does the same by itself. What needs this function first is code that compares keys and shapes or
     copies tensors one by one: filtered loads (``if k in own and v.shape == own[k].shape``),

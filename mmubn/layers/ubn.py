@@ -31,9 +31,9 @@ class UBN(UnifiedNorm):
 
     **As a BatchNorm.** With every rectification off (``threshold=None, centering=False, scaling=False,
     kernel_size=1``) this is ``nn.BatchNorm2d``. A fresh UBN is a BatchNorm scaled by sigmoid(1), and a BatchNorm
-    state dict loads to exactly BatchNorm's function. A ``momentum`` of None or 1, as set by tools that re-estimate
-    statistics (``torch.optim.swa_utils.update_bn``, MMPretrain's PreciseBNHook), always takes the batch's statistics
-    and leaves tau alone. ``reset_running_stats()`` sets tau to 1: the gate opens.
+    state dict loads to BatchNorm's function, up to rounding. A ``momentum`` of None or 1, as set by tools that
+    re-estimate statistics (``torch.optim.swa_utils.update_bn``, MMPretrain's PreciseBNHook), always takes the batch's
+    statistics and leaves tau alone. ``reset_running_stats()`` sets tau to 1: the gate opens.
 
     Args:
         num_features: C, the number of channels.

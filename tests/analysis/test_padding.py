@@ -96,7 +96,7 @@ def test_what_was_measured_is_not_measured_again(done, monkeypatch, capsys):
 def test_another_padding_is_measured(done, monkeypatch):
     """Padded as asked for, by the data preprocessor; with the hook in the third evaluation alone."""
     configs = []
-    monkeypatch.setattr(padding, 'build_runner', lambda cfg, *_, **__: configs.append(cfg) or runner())
+    monkeypatch.setattr(padding, 'trained_runner', lambda cfg, *_: configs.append(cfg) or runner())
 
     def runner():
         model = torch.nn.Module()

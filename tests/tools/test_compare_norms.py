@@ -107,6 +107,26 @@ def test_tables_have_what_the_logs_say(compare, tmp_path):
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10, 'an empty page has few colours'
 
 
+def test_a_metric_may_be_a_whole_tag(compare, tmp_path):
+    path = tmp_path / 'sweeps.yml'
+    path.write_text(path.read_text().replace('[top1]', '[accuracy/top1]'))
+    assert compare('--seeds', '0')[0] == 0
+    folder = tmp_path / 'work_dirs/sweeps/both'
+    assert '| accuracy/top1, mean (%) |' in (folder / 'summary.md').read_text()
+    assert {path.name for path in folder.glob('*.png')} == {'accuracy_top1.png'}
+    assert {row['metric'] for row in rows(folder / 'runs.csv')} == {'accuracy/top1'}
+
+
+def test_an_identical_choice_is_no_comparison(compare, tmp_path):
+    path = tmp_path / 'sweeps.yml'
+    path.write_text(path.read_text().replace('a: {}, b: {}', 'a: {}, same: {}, b: {}'))
+    assert compare()[0] == 0
+    text = (tmp_path / 'work_dirs/sweeps/both/summary.md').read_text()
+    # One of the two is identical to the baseline: one comparison.
+    assert '| same | 2 | 3 | 30.50 | 0.71 | 30.00 to 31.00 | 3.0 (1 of 2) | identical |' in text
+    assert 'at once' not in text
+
+
 def test_what_is_done_is_not_run_again(compare, tmp_path):
     compare('--seeds', '0')
     assert [call[:2] for call in calls(tmp_path)] == [['a', 'seed0'], ['b', 'seed0']]

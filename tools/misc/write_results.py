@@ -13,20 +13,23 @@ Example:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy import stats
 
-from mmubn.analysis.comparison import Curve, compared, read_table, summarize, write_csv
+from mmubn.analysis.comparison import Curve, compared, count_comparisons, difference, read_table, summarize, write_csv
 from mmubn.analysis.cost import HEADER
+from mmubn.analysis.plots import line_style, plt, save
 from mmubn.analysis.predictions import last_checkpoint
-from mmubn.analysis.runs import read_layer_log, read_scalars, training_records
+from mmubn.analysis.runs import read_layer_log
 from mmubn.analysis.sweeps import RUN_DONE, Sweep, SweepRun, read_sweeps
 from mmubn.cli import UsageError, add_debug_argument, run_tool
 
@@ -35,6 +38,11 @@ FOLDER = ROOT / 'docs' / 'results'
 PAGE = ROOT / 'docs' / 'results.md'
 BLOCK = re.compile(r'(<!-- written: (.+?) -->\n)(.*?)(<!-- end -->)', re.DOTALL)
 EARLY = (1, 2, 3)  # epochs
+# Of each metric, the sweeps whose choices are placements of norms; their costs are measured together.
+PLACEMENTS = {'test/accuracy/top1': ['placement'], 'bbox_mAP': ['detectors', 'detectors-placement']}
+AXES = {'test/accuracy/top1': 'test accuracy (%)', 'bbox_mAP': 'box AP'}
+# Plots of plot_condensation.py, in the place of that of compare_norms.py.
+PLOTS = {'condensation': {'similarity': 'condensation', 'seed0-layers': 'condensation-layers'}}
 WITH_GATES = ('gate', 'learning-rate', 'detectors')  # all from scratch: their layers counted no batch before
 HEADERS = {
     'similarity': ['sweep', 'choice', 'seed', 'epoch', 'layer', 'similarity', 'running similarity'],
@@ -142,13 +150,81 @@ def closed_gates(sweep: str) -> str:
     return table(header, lines)
 
 
+# ---- how alike the features are
+
+CONDENSED = 0.3  # the paper's Appendix A
+
+
+def similarity() -> str:
+    """Mean over the layers, before and after the training; how many layers are condensed; the lowest running one."""
+    lines, own = [], rows('similarity.csv')
+    for choice in dict.fromkeys(row['choice'] for row in own):
+        cells, running = [choice], [float(row['running similarity'] or 'nan') for row in own if row['choice'] == choice]
+        by_epoch: dict[int, dict[str, list[float]]] = {}
+        for row in (row for row in own if row['choice'] == choice):
+            by_epoch.setdefault(int(row['epoch']), {}).setdefault(row['seed'], []).append(float(row['similarity']))
+        for epoch in (min(by_epoch), max(by_epoch)):
+            cells.append(', '.join(f'{np.nanmean(values):.2f}' for values in by_epoch[epoch].values()))
+        last = by_epoch[max(by_epoch)].values()
+        cells.append(', '.join(f'{100 * np.mean(np.array(values) > CONDENSED):.0f}%' for values in last))
+        cells.append('' if np.isnan(running).all() else f'{np.nanmin(running):.3f}')
+        lines.append(cells)
+    header = ['', 'before the training, each seed', 'after it', f'layers above {CONDENSED} after it']
+    return table([*header, 'lowest running similarity of a layer'], lines)
+
+
+# ---- rounding
+
+FIRST = FOLDER / 'torch-operators'  # the same runs by torch's operators
+
+
+def _both() -> Iterator[tuple[str, str, Curves, Curves]]:
+    """Sweep, metric, and the curves of both series, of the seeds that both have."""
+    for path in sorted(FIRST.glob('*.csv')):
+        own = FOLDER / path.name if (FOLDER / path.name).exists() else FOLDER / 'short' / path.name
+        for metric, by_label in read_table(path).items():
+            found = read_table(own)[metric]
+            count = {label: len(curve.seeds) for label, curve in by_label.items()}
+            second = {
+                label: replace(found[label], seeds=found[label].seeds[:n], values=found[label].values[:n])
+                for label, n in count.items()
+            }
+            yield path.stem, metric, by_label, second
+
+
+def rounding() -> str:
+    """How far the runs of each sweep moved, those that moved at all."""
+    lines = []
+    for name, metric, first, second in _both():
+        apart = [np.abs(curve.values - second[label].values) for label, curve in first.items()]
+        moved = (1 if 'top1' in metric else 100) * np.concatenate([each for each in apart if each.any()])
+        count = moved.any(axis=1).sum()
+        lines.append([f'`{name}`, {metric}', str(count), f'{moved[:, -1].mean():.2f}', f'{moved.max():.1f}'])
+    return table(
+        ['sweep, metric', 'runs that moved', 'last value, mean distance', 'any epoch, largest distance'], lines
+    )
+
+
+def verdicts() -> str:
+    """What both series conclude."""
+    lines = []
+    for name, metric, *both in _both():
+        if metric in ('top1', 'bbox_mAP') and name in ('norms', 'detection-from-scratch', 'detection-handed-over'):
+            digits = 2 if metric == 'top1' else 3
+            for label in (label for label in both[0] if label not in ('BN', 'IN', 'GN')):
+                cells = [compared(series[label], series['BN'], digits) for series in both]
+                lines.append([f'`{name}`, {label}', *cells])
+    return table(['sweep, norm', "by torch's operators", 'by the C++ kernels'], lines)
+
+
 # ---- cost
 
 
-def cost(sweep: str, metric: str) -> str:
-    """Each choice's metric beside what it costs, as ratios to the baseline."""
-    of_metric, baseline = curves(sweep, metric), sweeps()[sweep].baseline
-    costs = {(row['choice'], row['measure']): row for row in rows('cost.csv') if row['sweep'] == sweep}
+def cost(metric: str) -> str:
+    """Each placement's metric beside what it costs, as ratios to the baseline of the first of its sweeps."""
+    names = PLACEMENTS[metric]
+    of_metric = {label: curve for name in names for label, curve in curves(name, metric).items()}
+    costs = {(row['choice'], row['measure']): row for row in rows('cost.csv') if row['sweep'] in names}
     scale, digits = (1, 2) if 'top1' in metric else (100, 1)
     lines = []
     for choice, curve in of_metric.items():
@@ -160,8 +236,8 @@ def cost(sweep: str, metric: str) -> str:
             cells.append(f'{mid:.2f} ({low:.2f} to {high:.2f})')
         cells += [f'{float(costs[choice, measure]["ratio"]):.2f}' for measure in ('saved memory', 'parameters')]
         lines.append(cells)
-    name = 'test accuracy (%)' if 'top1' in metric else metric.replace('_mAP', ' AP')
-    header = ['', name, f'training time, {baseline} = 1', 'evaluation time', 'saved memory', 'parameters']
+    header = ['', AXES[metric], f'training time, {next(iter(of_metric))} = 1', 'evaluation time']
+    header += ['saved memory', 'parameters']
     return table(header, lines)
 
 
@@ -180,10 +256,10 @@ def power() -> str:
             for norm in ('BN', 'UBN')
         )
         spread = np.std(np.subtract(ubn, bn), ddof=1)
-        needed = [seeds_needed(points / 100, spread, 0.05 / m) for points in (1, 2) for m in (1, 4)]
+        needed = [seeds_needed(points / 100, spread, 0.05 / m) for points in (1, 2) for m in (1, 3)]
         lines.append([name, f'{100 * spread:.2f}', *map(str, needed)])
     header = ['', 'standard deviation of a difference, points']
-    header += [f'seeds for {p} AP, {m}' for p in ('1', '2') for m in ('one comparison', 'four')]
+    header += [f'seeds for {p} AP, {m}' for p in ('1', '2') for m in ('one comparison', 'three')]
     return table(header, lines)
 
 
@@ -191,26 +267,175 @@ def seeds_needed(effect: float, spread: float, level: float, power: float = 0.8)
     """Return the fewest seeds with which a paired t-test finds ``effect`` with probability ``power``."""
     for n in range(2, 1000):
         t, shift = stats.t.ppf(1 - level / 2, n - 1), effect / spread * n**0.5
-        if stats.nct.sf(t, n - 1, shift) + stats.nct.cdf(-t, n - 1, shift) >= power:
+        if stats.nct.sf(t, n - 1, shift) >= power:  # on the right side
             return n
     raise ValueError(f'more than 1,000 seeds for an effect of {effect} with a spread of {spread}')
+
+
+# ---- the first page
+
+
+def percent(curve: Curve) -> Curve:
+    return replace(curve, values=100 * curve.values)
+
+
+def of(by_label: Curves, choice: str, baseline: str, epoch: int | None = None, comparisons: int | None = None) -> str:
+    """A choice's difference from the baseline in points, by the interval of the sweep's table, and what it says."""
+    m = comparisons or count_comparisons(by_label, by_label[baseline])
+    one, other = (percent(c) if c.values.max() <= 1 else c for c in (by_label[choice], by_label[baseline]))
+    epoch = epoch or one.epochs[-1]
+    return compared(one.until(epoch), other.until(epoch), 1, m)
+
+
+def in_the_end() -> str:
+    digits, mnist = ({norm: curve for norm, (_, curve) in chosen(name).items()} for name in ('learning-rate', 'mnist'))
+    box, mask = (curves('detectors', f'{kind}_mAP') for kind in ('bbox', 'segm'))
+    return (
+        '**Is UBN better than BN at the end of training?** Accuracy, each at its own learning rate: '
+        f'{of(digits, "UBN", "BN")} on the digits, {of(mnist, "UBN", "BN")} on MNIST. Mask R-CNN: '
+        f'{of(box, "UBN", "BN")} for box AP, {of(mask, "UBN", "BN")} for mask AP.'
+    )
+
+
+def early() -> str:
+    own = {norm: curve for norm, (_, curve) in chosen('learning-rate').items()}
+    by_norm = of_grid(curves('learning-rate', 'test/accuracy/top1'))
+    at = [
+        f'{compared(by_norm["UBN"][r].until(2), by_norm["BN"][r].until(2), 1).partition(":")[0]} at {r:g}'
+        for r in by_norm['BN']
+    ]
+    return (
+        f'**Is it there earlier?** Each at its own rate, after epoch 1 {of(own, "UBN", "BN", 1)}, after epoch 2 '
+        f'{of(own, "UBN", "BN", 2)}. At one rate for both, after epoch 2: {", ".join(at)}.'
+    )
+
+
+def parts() -> str:
+    box = curves('detectors', 'bbox_mAP')
+    found = ', '.join(f'{norm} {of(box, norm, "BN")}' for norm in box if norm not in ('BN', 'UBN'))
+    return (
+        f'**Which of its parts does it?** Box AP over BN: {found}; UBN, which has both and a gate, '
+        f'{of(box, "UBN", "BN")}. The gate was closed for {closed_share("detectors", "UBN")} of its batches.'
+    )
+
+
+def closed_share(sweep: str, choice: str) -> str:
+    """Of all layers, seeds and batches."""
+    own = [row for row in rows('closed.csv') if (row['sweep'], row['choice']) == (sweep, choice)]
+    batches, moved = (sum(int(row[key]) for row in own) for key in HEADERS['closed'][-2:])
+    return f'{100 * (batches - moved) / batches:.1f}%' if moved < batches else 'none'
+
+
+def rates() -> str:
+    found = [
+        f'{norm} {", ".join(f"{rate:g}" for rate in sorted(best))}'
+        for norm, (best, _) in chosen('learning-rate').items()
+    ]
+    return f'**Which learning rate?** Chosen for the five splits of the digits: {"; ".join(found)}.'
+
+
+def ratio(sweep: str, choice: str, measure: str) -> str:
+    (row,) = [r for r in rows('cost.csv') if (r['sweep'], r['choice'], r['measure']) == (sweep, choice, measure)]
+    return f'{float(row["ratio"]):.2f}'
+
+
+def placement() -> str:
+    accuracy = curves('placement', 'test/accuracy/top1')
+    found = [
+        f'{choice} {of(accuracy, choice, "BN")} at {ratio("placement", choice, "training")} of the training time'
+        for choice in (
+            'UBN, 3x3, all',
+            'UBN, 3x3, last of each block',
+            'BNET, 3x3, all',
+            'BNET, 3x3, last of each block',
+        )
+    ]
+    return f'**Which norms of the backbone?** Accuracy over BN: {"; ".join(found)}.'
+
+
+def neck() -> str:
+    box = curves('detectors', 'bbox_mAP') | curves('detectors-placement', 'bbox_mAP')
+    found = [
+        f'UBN in backbone and neck over UBN in the backbone {of(box, "UBN, backbone and neck", "UBN", None, 3)}',
+        f'over BN in backbone and neck {of(box, "UBN, backbone and neck", "BN, backbone and neck", None, 3)}',
+        f'UBN as the last norm of each block over UBN as all {of(box, "UBN, last of each block", "UBN", None, 3)}',
+    ]
+    return f'**The neck too?** Box AP: {"; ".join(found)}.'
+
+
+def kernel() -> str:
+    accuracy = curves('placement', 'test/accuracy/top1')
+    found = [
+        f'{norm} {k}x{k} {of(accuracy, f"{norm}, {k}x{k}, all", f"{norm}, 3x3, all", None, 4)}, training time '
+        f'{ratio("placement", f"{norm}, {k}x{k}, all", "training")} against '
+        f'{ratio("placement", f"{norm}, 3x3, all", "training")}'
+        for norm in ('BNET', 'UBN')
+        for k in (5, 7)
+    ]
+    return f'**Which kernel?** Accuracy over 3x3: {"; ".join(found)}.'
+
+
+def start() -> str:
+    box = curves('detectors', 'bbox_mAP') | curves('detectors-start', 'bbox_mAP')
+    found = [
+        f'UBN from a BN classifier over UBN from scratch {of(box, "UBN from BN", "UBN", None, 3)}',
+        f'over UBN from a UBN classifier {of(box, "UBN from BN", "UBN from UBN", None, 3)}',
+        f'over BN from that classifier {of(box, "UBN from BN", "BN from BN", None, 3)}',
+    ]
+    return f'**Which start?** Box AP: {"; ".join(found)}.'
+
+
+def fresh_kernel() -> str:
+    accuracy = curves('fresh-kernel', 'test/accuracy/top1')
+    found = [f'{norm} {of(accuracy, f"{norm}, random", norm, None, 2)}' for norm in ('BNET', 'UBN')]
+    return (
+        f"**Does a random kernel at the start, the released code's, do better than the identity?** {', '.join(found)}."
+    )
+
+
+def gate() -> str:
+    accuracy = curves('gate', 'test/accuracy/top1')
+    better = [choice for choice in accuracy if of(accuracy, choice, 'no gate').endswith(': higher')]
+    worse = [choice for choice in accuracy if of(accuracy, choice, 'no gate').endswith(': lower')]
+    alone = [choice for choice in accuracy if of(accuracy, choice, 'no gate', None, 1).endswith(': lower')]
+    found = {'higher': better, 'lower': worse, 'lower by an interval of its own': [c for c in alone if c not in worse]}
+    said = '; '.join(f'{word}: {" / ".join(choices) or "none"}' for word, choices in found.items())
+    return (
+        f"**Does the gate matter?** At the paper's threshold it was closed for {closed_share('gate', 'input')} of the "
+        f"classifier's batches; accuracy over no gate {of(accuracy, 'input', 'no gate')}. Of {len(accuracy) - 1} "
+        f'readings and rules, {said}.'
+    )
+
+
+def answers() -> str:
+    lines = []
+    for line in (in_the_end, early, parts, rates, placement, neck, kernel, start, fresh_kernel, gate):
+        with contextlib.suppress(FileNotFoundError):  # until all sweeps are run
+            lines.append(line())
+    return '\n'.join(f'{i}. {line}' for i, line in enumerate(lines, 1))
 
 
 # ---- the page
 
 
 def compared_table(sweep: str) -> str:
-    """The tables of compare_norms.py."""
-    return '\n'.join(summarize(sweeps()[sweep], read_table(FOLDER / f'{sweep}.csv')).splitlines()[2:]).strip()
+    """The tables of compare_norms.py; of a metric on test and on val, those on test."""
+    found = read_table(FOLDER / f'{sweep}.csv')
+    shown = {metric: by_label for metric, by_label in found.items() if not metric.startswith('val/')}
+    return '\n'.join(line for line in summarize(sweeps()[sweep], shown).splitlines()[2:] if line[:1] in '|').strip()
 
 
 WRITERS: dict[str, Callable[..., str]] = {
+    'answers': answers,
     'tables': compared_table,
     'own-rates': own_rates,
     'rate-curve': rate_curve,
     'closed-gates': closed_gates,
     'cost': cost,
     'power': power,
+    'similarity': similarity,
+    'rounding': rounding,
+    'verdicts': verdicts,
 }
 
 
@@ -224,11 +449,52 @@ def written(page: str) -> str:
     return BLOCK.sub(block, page)
 
 
+# ---- pictures
+
+
+def draw_rates() -> None:
+    """Draw the difference of UBN from BN over the learning rate."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True)
+    for axis, name, title in zip(axes, ('learning-rate', 'mnist'), ('digits', 'MNIST'), strict=True):
+        by_norm = of_grid(curves(name, 'test/accuracy/top1'))
+        for i, epoch in enumerate((*EARLY, 10)):
+            pairs = [(by_norm['UBN'][r].until(epoch), curve.until(epoch)) for r, curve in by_norm['BN'].items()]
+            mean, low, high = np.transpose([difference(*pair) for pair in pairs])
+            style = line_style(i)
+            axis.plot(list(by_norm['BN']), mean, label=f'after epoch {epoch}', **style)
+            axis.fill_between(list(by_norm['BN']), low, high, color=style['color'], alpha=0.12, linewidth=0)
+        axis.axhline(0, color='black', linewidth=1)
+        axis.set(xscale='log', xlabel='learning rate of both', title=title)
+        axis.set_xticks(list(by_norm['BN']), [f'{rate:g}' for rate in by_norm['BN']])
+    axes[0].set(ylabel='accuracy of UBN minus that of BN, points')
+    axes[0].legend(fontsize=8)
+    caption = 'Mean over five splits of the data, and the 95% interval of each by itself (paired t).'
+    save(figure, FOLDER / 'rate-curve.png', caption)
+
+
+def draw_cost() -> None:
+    """Draw what a placement brings against what it costs."""
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5))
+    for axis, (metric, names) in zip(axes, PLACEMENTS.items(), strict=True):
+        time = {
+            row['choice']: row for row in rows('cost.csv') if row['sweep'] in names and row['measure'] == 'training'
+        }
+        by_label = {label: curve for name in names for label, curve in curves(name, metric).items()}
+        for i, (label, curve) in enumerate(by_label.items()):
+            last, style = (1 if 'top1' in metric else 100) * curve.values[:, -1], line_style(i) | {'linestyle': ''}
+            axis.errorbar(float(time[label]['ratio']), last.mean(), last.std(ddof=1), label=label, capsize=2, **style)
+        axis.set(xlabel=f'training time, {next(iter(by_label))} = 1', ylabel=AXES[metric])
+        axis.legend(fontsize=7)
+    save(figure, FOLDER / 'cost.png', 'Mean and standard deviation over five seeds against the time of an iteration.')
+
+
 # ---- from the runs
 
 
 def collect(work_dir: Path) -> None:
     """Take what the page shows from the runs of the sweeps that are done."""
+    if not work_dir.is_dir():
+        raise UsageError(f'{work_dir} does not exist; give the folder of the runs, which compare_norms.py names.')
     own: dict[str, list[list]] = {'similarity': [], 'closed': [], 'cost': []}
     for sweep in sweeps().values():
         folder = work_dir / sweep.name
@@ -238,7 +504,8 @@ def collect(work_dir: Path) -> None:
                 kept += [[*row.values()] for row in rows(f'{name}.csv') if row['sweep'] == sweep.name]
             continue
         shutil.copy(folder / 'runs.csv', FOLDER / f'{sweep.name}.csv')
-        shutil.copy(folder / f'{sweep.metrics[0].replace("/", "_")}.png', FOLDER / f'{sweep.name}.png')
+        for plot, name in PLOTS.get(sweep.name, {sweep.metrics[0].replace('/', '_'): sweep.name}).items():
+            shutil.copy(folder / f'{plot}.png', FOLDER / f'{name}.png')
         if (folder / 'cost.csv').exists():
             with (folder / 'cost.csv').open(newline='') as file:
                 own['cost'] += [[*row.values()] for row in csv.DictReader(file)]
@@ -266,8 +533,8 @@ def similarities(run: SweepRun, folder: Path) -> list[list]:
 
 def closed(run: SweepRun, folder: Path) -> list[list]:
     """Of each layer with a gate, the batches it was trained with and those that did not move its running statistics."""
-    batches = max(record['iter'] for record in training_records(read_scalars(folder)))
-    state = torch.load(last_checkpoint(folder), map_location='cpu')['state_dict']
+    checkpoint = torch.load(last_checkpoint(folder), map_location='cpu')
+    batches, state = checkpoint['meta']['iter'], checkpoint['state_dict']
     layers = [key.removesuffix('.running_similarity') for key in state if key.endswith('.running_similarity')]
     moved = [int(state[f'{layer}.num_batches_tracked']) for layer in layers]
     return [
@@ -284,8 +551,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    if not PAGE.is_file():
+        raise UsageError(f'{PAGE} does not exist: run write_results.py in a clone of mmubn.')
     if args.work_dir is not None:
         collect(args.work_dir)
+        for draw in (draw_rates, draw_cost):
+            with contextlib.suppress(FileNotFoundError):  # until all sweeps are run
+                draw()
     page = PAGE.read_text()
     if args.check and written(page) != page:
         raise UsageError(f'{PAGE} is not what {FOLDER} says: run tools/misc/write_results.py.')

@@ -7,7 +7,7 @@ import gc
 import itertools
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from statistics import median
 from typing import NamedTuple
 
@@ -74,14 +74,14 @@ def copy_bandwidth(clock: Clock) -> float:
     return 2 * source.nbytes / median(clock.times(copies)[2:]) / 1e6
 
 
-def saved_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
-    """Count the bytes that a training forward of the model keeps for the backward, besides parameters and buffers.
+def saved_bytes(model: nn.Module, forward: Callable[[], object], data: Iterable[Tensor] = ()) -> int:
+    """Count the bytes that a training forward of the model keeps for the backward, besides its state and ``data``.
 
-    Memory that tensors share counts once.
+    Memory that tensors share counts once; parameters and buffers do not count.
 
     Unlike the peak of a process's memory on the CPU, this is exact and the same in every run.
     """
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), *data)}
     saved = {}  # holds the memory, whose address could otherwise be given out again
 
     def pack(tensor: Tensor) -> Tensor:
