@@ -191,6 +191,8 @@ def test_what_the_sections_say_is_in_the_raw_data():
     assert min(losses) > 0
     low, high = words([min(losses), max(losses)])
     assert f'all of them, by {low} to {high} points' in text
+    seen = f"closed for {TOOL['closed_share']('gate', 'input')} of a classifier's batches, and no reading"
+    assert seen in ' '.join((ROOT / 'README.md').read_text().split())
 
 
 def test_series_without_our_layers_did_not_move():
