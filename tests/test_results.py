@@ -80,7 +80,7 @@ def test_the_intervals_are_those_of_the_values(name, sweeps):
             )
     baseline = sweeps[name].baseline
     text = PAGE.read_text()
-    for (metric, choice), own in values.items():
+    for (metric, _), own in values.items():
         if baseline is None or metric.startswith('val/') or own == values[metric, baseline]:
             continue
         epoch, seeds = max(e for _, e in own), sorted({seed for seed, _ in own})
