@@ -23,7 +23,8 @@ def sweep_file(folder, text):
 def test_every_sweep_file_of_the_repository_can_be_run(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     for sweep in read_sweeps(path):
-        assert len(sweep.labels) > 1
+        # One choice alone: it repeats a run of the sweep detectors.
+        assert len(sweep.labels) > 1 or sweep.name == 'detectors-no-gate'
         assert len({(run.label, run.seed) for run in sweep.runs}) == len(sweep.runs)
 
 
