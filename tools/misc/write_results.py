@@ -1,13 +1,12 @@
 """Write the tables and answers of docs/results.md from the values in docs/results/, so that it says what they say.
 
 With --from, first take those values from the runs of compare_norms.py: of each sweep that is done, every value after
-every epoch, its plots, and what else the page shows of it. What a run took from the machine (cost.csv) is measured by
-measure_cost.py.
+every epoch, its plots, and what else the page shows of it. What a choice costs is measured by measure_cost.py.
 
 Example:
 
     python tools/misc/write_results.py --from work_dirs/digits
-    python tools/misc/write_results.py --check  # end with status 1 where the page is out of date
+    python tools/misc/write_results.py --check  # an error where the page is out of date
 """
 
 from __future__ import annotations
@@ -457,7 +456,7 @@ def draw_rates() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True)
     for axis, name, title in zip(axes, ('learning-rate', 'mnist'), ('digits', 'MNIST'), strict=True):
         by_norm = of_grid(curves(name, 'test/accuracy/top1'))
-        for i, epoch in enumerate((*EARLY, 10)):
+        for i, epoch in enumerate((*EARLY, by_norm['BN'][min(by_norm['BN'])].epochs[-1])):
             pairs = [(by_norm['UBN'][r].until(epoch), curve.until(epoch)) for r, curve in by_norm['BN'].items()]
             mean, low, high = np.transpose([difference(*pair) for pair in pairs])
             style = line_style(i)
@@ -485,7 +484,7 @@ def draw_cost() -> None:
             axis.errorbar(float(time[label]['ratio']), last.mean(), last.std(ddof=1), label=label, capsize=2, **style)
         axis.set(xlabel=f'training time, {next(iter(by_label))} = 1', ylabel=AXES[metric])
         axis.legend(fontsize=7)
-    save(figure, FOLDER / 'cost.png', 'Mean and standard deviation over five seeds against the time of an iteration.')
+    save(figure, FOLDER / 'cost.png', 'Mean and standard deviation over the seeds against the time of an iteration.')
 
 
 # ---- from the runs
@@ -495,13 +494,11 @@ def collect(work_dir: Path) -> None:
     """Take what the page shows from the runs of the sweeps that are done."""
     if not work_dir.is_dir():
         raise UsageError(f'{work_dir} does not exist; give the folder of the runs, which compare_norms.py names.')
-    own: dict[str, list[list]] = {'similarity': [], 'closed': [], 'cost': []}
+    own: dict[str, list[list]] = {'similarity': [], 'closed': [], 'cost': []}  # by the sweep first
     for sweep in sweeps().values():
         folder = work_dir / sweep.name
         if not all((run.folder(work_dir) / RUN_DONE).exists() for run in sweep.runs):
             print(f'{sweep.name}: not all runs are done in {work_dir}; what there is of it stays')
-            for name, kept in own.items():
-                kept += [[*row.values()] for row in rows(f'{name}.csv') if row['sweep'] == sweep.name]
             continue
         shutil.copy(folder / 'runs.csv', FOLDER / f'{sweep.name}.csv')
         for plot, name in PLOTS.get(sweep.name, {sweep.metrics[0].replace('/', '_'): sweep.name}).items():
@@ -516,7 +513,9 @@ def collect(work_dir: Path) -> None:
             if sweep.name in WITH_GATES:
                 own['closed'] += closed(run, found)
     for name, lines in own.items():
-        write_csv(FOLDER / f'{name}.csv', HEADERS[name], lines)
+        taken = {line[0] for line in lines}
+        kept = [[*row.values()] for row in rows(f'{name}.csv') if row['sweep'] not in taken]
+        write_csv(FOLDER / f'{name}.csv', HEADERS[name], [*kept, *lines])
 
 
 def similarities(run: SweepRun, folder: Path) -> list[list]:
@@ -545,7 +544,7 @@ def closed(run: SweepRun, folder: Path) -> list[list]:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--from', dest='work_dir', type=Path, help='folder of the runs of configs/sweeps/digits.yml')
-    parser.add_argument('--check', action='store_true', help='write nothing; end with status 1 where it is out of date')
+    parser.add_argument('--check', action='store_true', help='write nothing; an error where the page is out of date')
     add_debug_argument(parser)
     return parser.parse_args()
 
@@ -559,9 +558,10 @@ def main(args: argparse.Namespace) -> None:
             with contextlib.suppress(FileNotFoundError):  # until all sweeps are run
                 draw()
     page = PAGE.read_text()
-    if args.check and written(page) != page:
+    if not args.check:
+        PAGE.write_text(written(page))
+    elif written(page) != page:
         raise UsageError(f'{PAGE} is not what {FOLDER} says: run tools/misc/write_results.py.')
-    PAGE.write_text(written(page))
 
 
 if __name__ == '__main__':
