@@ -72,7 +72,7 @@ splits: setup
 	    $(BIN)/python tools/dataset_converters/digits_to_imagefolder.py data/digits-36-split$$seed --size 36 \
 	        --seed $$seed --val-share 0.2 --test-share 0.25 || exit 1; \
 	    $(BIN)/python tools/dataset_converters/digits_to_imagefolder.py data/mnist-36-split$$seed --source mnist --size 36 \
-	        --seed $$seed --val-share 0.1 --test-share 0.3 --train-per-class 200 --test-per-class 100 || exit 1; \
+	        --seed $$seed --val-share 0.1 --test-share 0.3 --train-per-class 100 --test-per-class 100 || exit 1; \
 	done
 
 results: setup
