@@ -135,14 +135,19 @@ def rate_curve(sweep: str) -> str:
 # ---- the gate
 
 
+def batches_and_closed(sweep: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Of each choice, the batches of each layer and seed, and how many of them found its gate closed."""
+    found: dict[str, list[list[int]]] = {}
+    for row in (row for row in rows('closed.csv') if row['sweep'] == sweep):
+        found.setdefault(row['choice'], []).append([int(row[key]) for key in HEADERS['closed'][-2:]])
+    counts = {choice: np.transpose(layers) for choice, layers in found.items()}
+    return {choice: (batches, batches - moved) for choice, (batches, moved) in counts.items()}
+
+
 def closed_gates(sweep: str) -> str:
     """How many training batches found a gate closed, and in how many layers."""
     lines = []
-    own = [row for row in rows('closed.csv') if row['sweep'] == sweep]
-    for choice in dict.fromkeys(row['choice'] for row in own):
-        of_choice = [row for row in own if row['choice'] == choice]
-        batches = np.array([int(row['batches']) for row in of_choice])
-        closed = batches - [int(row['batches that moved the running statistics']) for row in of_choice]
+    for choice, (batches, closed) in batches_and_closed(sweep).items():
         share = 100 * closed.sum() / batches.sum()
         lines.append([choice, f'{share:.1f}%', f'{(closed > 0).sum()} of {len(closed)}', f'{closed.max()}'])
     header = ['', 'closed, of all batches and layers', 'layers and seeds with a closed batch', 'most in one layer']
@@ -219,11 +224,16 @@ def verdicts() -> str:
 # ---- cost
 
 
+def placed(metric: str) -> tuple[Curves, dict[tuple[str, str], dict[str, str]]]:
+    """The curves of all placements, and the rows of what they cost by choice and measure."""
+    names = PLACEMENTS[metric]
+    by_label = {label: curve for name in names for label, curve in curves(name, metric).items()}
+    return by_label, {(row['choice'], row['measure']): row for row in rows('cost.csv') if row['sweep'] in names}
+
+
 def cost(metric: str) -> str:
     """Each placement's metric beside what it costs, as ratios to the baseline of the first of its sweeps."""
-    names = PLACEMENTS[metric]
-    of_metric = {label: curve for name in names for label, curve in curves(name, metric).items()}
-    costs = {(row['choice'], row['measure']): row for row in rows('cost.csv') if row['sweep'] in names}
+    of_metric, costs = placed(metric)
     scale, digits = (1, 2) if 'top1' in metric else (100, 1)
     lines = []
     for choice, curve in of_metric.items():
@@ -320,9 +330,8 @@ def parts() -> str:
 
 def closed_share(sweep: str, choice: str) -> str:
     """Of all layers, seeds and batches."""
-    own = [row for row in rows('closed.csv') if (row['sweep'], row['choice']) == (sweep, choice)]
-    batches, moved = (sum(int(row[key]) for row in own) for key in HEADERS['closed'][-2:])
-    return f'{100 * (batches - moved) / batches:.1f}%' if moved < batches else 'none'
+    batches, closed = batches_and_closed(sweep)[choice]
+    return f'{100 * closed.sum() / batches.sum():.1f}%' if closed.any() else 'none'
 
 
 def rates() -> str:
@@ -333,15 +342,15 @@ def rates() -> str:
     return f'**Which learning rate?** Chosen for the five splits of the digits: {"; ".join(found)}.'
 
 
-def ratio(sweep: str, choice: str, measure: str) -> str:
-    (row,) = [r for r in rows('cost.csv') if (r['sweep'], r['choice'], r['measure']) == (sweep, choice, measure)]
-    return f'{float(row["ratio"]):.2f}'
+def time(costs: dict[tuple[str, str], dict[str, str]], choice: str) -> str:
+    """The training time of a placement, as a ratio to the baseline."""
+    return f'{float(costs[choice, "training"]["ratio"]):.2f}'
 
 
 def placement() -> str:
-    accuracy = curves('placement', 'test/accuracy/top1')
+    accuracy, costs = placed('test/accuracy/top1')
     found = [
-        f'{choice} {of(accuracy, choice, "BN")} at {ratio("placement", choice, "training")} of the training time'
+        f'{choice} {of(accuracy, choice, "BN")} at {time(costs, choice)} of the training time'
         for choice in (
             'UBN, 3x3, all',
             'UBN, 3x3, last of each block',
@@ -352,22 +361,28 @@ def placement() -> str:
     return f'**Which norms of the backbone?** Accuracy over BN: {"; ".join(found)}.'
 
 
+def box_pairs(sweep: str, pairs: dict[str, tuple[str, str]]) -> str:
+    """Differences of box AP, named, between choices of a sweep and of the sweep detectors."""
+    box = curves('detectors', 'bbox_mAP') | curves(sweep, 'bbox_mAP')
+    return '; '.join(f'{name} {of(box, *pair, None, len(pairs))}' for name, pair in pairs.items())
+
+
 def neck() -> str:
-    box = curves('detectors', 'bbox_mAP') | curves('detectors-placement', 'bbox_mAP')
-    found = [
-        f'UBN in backbone and neck over UBN in the backbone {of(box, "UBN, backbone and neck", "UBN", None, 3)}',
-        f'over BN in backbone and neck {of(box, "UBN, backbone and neck", "BN, backbone and neck", None, 3)}',
-        f'UBN as the last norm of each block over UBN as all {of(box, "UBN, last of each block", "UBN", None, 3)}',
-    ]
-    return f'**The neck too?** Box AP: {"; ".join(found)}.'
+    both = 'UBN, backbone and neck'
+    pairs = {
+        'UBN in backbone and neck over UBN in the backbone': (both, 'UBN'),
+        'over BN in backbone and neck': (both, 'BN, backbone and neck'),
+        'UBN as the last norm of each block over UBN as all': ('UBN, last of each block', 'UBN'),
+    }
+    return f'**The neck too?** Box AP: {box_pairs("detectors-placement", pairs)}.'
 
 
 def kernel() -> str:
-    accuracy = curves('placement', 'test/accuracy/top1')
+    accuracy, costs = placed('test/accuracy/top1')
     found = [
         f'{norm} {k}x{k} {of(accuracy, f"{norm}, {k}x{k}, all", f"{norm}, 3x3, all", None, 4)}, training time '
-        f'{ratio("placement", f"{norm}, {k}x{k}, all", "training")} against '
-        f'{ratio("placement", f"{norm}, 3x3, all", "training")}'
+        f'{time(costs, f"{norm}, {k}x{k}, all")} against '
+        f'{time(costs, f"{norm}, 3x3, all")}'
         for norm in ('BNET', 'UBN')
         for k in (5, 7)
     ]
@@ -375,13 +390,12 @@ def kernel() -> str:
 
 
 def start() -> str:
-    box = curves('detectors', 'bbox_mAP') | curves('detectors-start', 'bbox_mAP')
-    found = [
-        f'UBN from a BN classifier over UBN from scratch {of(box, "UBN from BN", "UBN", None, 3)}',
-        f'over UBN from a UBN classifier {of(box, "UBN from BN", "UBN from UBN", None, 3)}',
-        f'over BN from that classifier {of(box, "UBN from BN", "BN from BN", None, 3)}',
-    ]
-    return f'**Which start?** Box AP: {"; ".join(found)}.'
+    pairs = {
+        'UBN from a BN classifier over UBN from scratch': ('UBN from BN', 'UBN'),
+        'over UBN from a UBN classifier': ('UBN from BN', 'UBN from UBN'),
+        'over BN from that classifier': ('UBN from BN', 'BN from BN'),
+    }
+    return f'**Which start?** Box AP: {box_pairs("detectors-start", pairs)}.'
 
 
 def fresh_kernel() -> str:
@@ -474,14 +488,13 @@ def draw_rates() -> None:
 def draw_cost() -> None:
     """Draw what a placement brings against what it costs."""
     figure, axes = plt.subplots(1, 2, figsize=(13, 5))
-    for axis, (metric, names) in zip(axes, PLACEMENTS.items(), strict=True):
-        time = {
-            row['choice']: row for row in rows('cost.csv') if row['sweep'] in names and row['measure'] == 'training'
-        }
-        by_label = {label: curve for name in names for label, curve in curves(name, metric).items()}
+    for axis, metric in zip(axes, PLACEMENTS, strict=True):
+        by_label, costs = placed(metric)
         for i, (label, curve) in enumerate(by_label.items()):
             last, style = (1 if 'top1' in metric else 100) * curve.values[:, -1], line_style(i) | {'linestyle': ''}
-            axis.errorbar(float(time[label]['ratio']), last.mean(), last.std(ddof=1), label=label, capsize=2, **style)
+            axis.errorbar(
+                float(costs[label, 'training']['ratio']), last.mean(), last.std(ddof=1), label=label, capsize=2, **style
+            )
         axis.set(xlabel=f'training time, {next(iter(by_label))} = 1', ylabel=AXES[metric])
         axis.legend(fontsize=7)
     save(figure, FOLDER / 'cost.png', 'Mean and standard deviation over the seeds against the time of an iteration.')
