@@ -54,7 +54,7 @@ results-condensation: setup
 # The backbones of detectors-start are those of the condensation.
 results-detectors: results-condensation
 	$(BIN)/python tools/dataset_converters/digits_to_coco.py data/digits
-	$(RESULTS) detectors detectors-start detectors-placement
+	$(RESULTS) detectors detectors-no-gate detectors-start detectors-placement
 	$(COST) detectors detectors-placement
 
 results-rates: splits

@@ -43,6 +43,25 @@ AXES = {'test/accuracy/top1': 'test accuracy (%)', 'bbox_mAP': 'box AP'}
 # Plots of plot_condensation.py, in the place of that of compare_norms.py.
 PLOTS = {'condensation': {'similarity': 'condensation', 'seed0-layers': 'condensation-layers'}}
 WITH_GATES = ('gate', 'learning-rate', 'detectors')  # all from scratch: their layers counted no batch before
+# Choices of a sweep that are compared by two, beside its baseline; those of detectors-... also with the sweep detectors.
+PAIRS: dict[str, dict[str, tuple[str, str]]] = {
+    'placement': {
+        f'{norm} {k}x{k} over 3x3': (f'{norm}, {k}x{k}, all', f'{norm}, 3x3, all')
+        for norm in ('BNET', 'UBN')
+        for k in (5, 7)
+    },
+    'fresh-kernel': {f'{norm}, random over the identity': (f'{norm}, random', norm) for norm in ('BNET', 'UBN')},
+    'detectors-start': {
+        'UBN from a BN classifier over UBN from scratch': ('UBN from BN', 'UBN'),
+        'UBN from a BN classifier over UBN from a UBN classifier': ('UBN from BN', 'UBN from UBN'),
+        'UBN from a BN classifier over BN from that classifier': ('UBN from BN', 'BN from BN'),
+    },
+    'detectors-placement': {
+        'UBN in backbone and neck over UBN in the backbone': ('UBN, backbone and neck', 'UBN'),
+        'UBN in backbone and neck over BN in both': ('UBN, backbone and neck', 'BN, backbone and neck'),
+        'UBN as the last norm of each block over UBN as all': ('UBN, last of each block', 'UBN'),
+    },
+}
 HEADERS = {
     'similarity': ['sweep', 'choice', 'seed', 'epoch', 'layer', 'similarity', 'running similarity'],
     'closed': ['sweep', 'choice', 'seed', 'layer', 'batches', 'batches that moved the running statistics'],
@@ -56,8 +75,10 @@ def sweeps() -> dict[str, Sweep]:
 
 
 def curves(sweep: str, metric: str) -> Curves:
-    """Read the curves of one metric of a sweep, by choice."""
-    return read_table(FOLDER / f'{sweep}.csv')[metric]
+    """Read the curves of one metric of a sweep by choice, in points: an AP is from 0 to 1, an accuracy in percent."""
+    found = read_table(FOLDER / f'{sweep}.csv')[metric]
+    scale = 1 if 'top1' in metric else 100
+    return {label: replace(curve, values=scale * curve.values) for label, curve in found.items()}
 
 
 def rows(name: str) -> list[dict[str, str]]:
@@ -234,10 +255,10 @@ def placed(metric: str) -> tuple[Curves, dict[tuple[str, str], dict[str, str]]]:
 def cost(metric: str) -> str:
     """Each placement's metric beside what it costs, as ratios to the baseline of the first of its sweeps."""
     of_metric, costs = placed(metric)
-    scale, digits = (1, 2) if 'top1' in metric else (100, 1)
+    digits = 2 if 'top1' in metric else 1
     lines = []
     for choice, curve in of_metric.items():
-        last = scale * curve.values[:, -1]
+        last = curve.values[:, -1]
         cells = [choice, f'{last.mean():.{digits}f} ± {last.std(ddof=1):.{digits}f}']
         for measure in ('training', 'evaluation'):
             row = costs[choice, measure]
@@ -281,17 +302,42 @@ def seeds_needed(effect: float, spread: float, level: float, power: float = 0.8)
     raise ValueError(f'more than 1,000 seeds for an effect of {effect} with a spread of {spread}')
 
 
+# ---- choices by two
+
+
+def pairs(sweep: str) -> str:
+    """Differences between two choices of a sweep, or of it and the sweep detectors, in points."""
+    found = of_pairs(sweep)
+    lines = []
+    for name, (one, other) in found.items():
+        count = len({*one.seeds} & {*other.seeds})
+        alone, all_at_once = (compared(one, other, 2, m) for m in (1, len(found)))
+        lines.append([name, str(count), alone.partition(':')[0], all_at_once.partition(' ')[2]])
+    header = ['', 'seeds of both', 'difference, 95% interval', f'interval of all {len(found)} at once']
+    return table(header, lines)
+
+
+def of_pairs(sweep: str) -> dict[str, tuple[Curve, Curve]]:
+    """The curves of each pair."""
+    metric = sweeps()[sweep].metrics[0]
+    by_label = curves(sweep, metric)
+    if sweep.startswith('detectors-'):
+        by_label = curves('detectors', metric) | by_label
+    return {name: (by_label[one], by_label[other]) for name, (one, other) in PAIRS[sweep].items()}
+
+
+def said_of_pairs(sweep: str) -> str:
+    found = of_pairs(sweep)
+    return '; '.join(f'{name} {compared(*pair, 1, len(found))}' for name, pair in found.items())
+
+
 # ---- the first page
-
-
-def percent(curve: Curve) -> Curve:
-    return replace(curve, values=100 * curve.values)
 
 
 def of(by_label: Curves, choice: str, baseline: str, epoch: int | None = None, comparisons: int | None = None) -> str:
     """A choice's difference from the baseline in points, by the interval of the sweep's table, and what it says."""
     m = comparisons or count_comparisons(by_label, by_label[baseline])
-    one, other = (percent(c) if c.values.max() <= 1 else c for c in (by_label[choice], by_label[baseline]))
+    one, other = by_label[choice], by_label[baseline]
     epoch = epoch or one.epochs[-1]
     return compared(one.until(epoch), other.until(epoch), 1, m)
 
@@ -309,10 +355,8 @@ def in_the_end() -> str:
 def early() -> str:
     own = {norm: curve for norm, (_, curve) in chosen('learning-rate').items()}
     by_norm = of_grid(curves('learning-rate', 'test/accuracy/top1'))
-    at = [
-        f'{compared(by_norm["UBN"][r].until(2), by_norm["BN"][r].until(2), 1).partition(":")[0]} at {r:g}'
-        for r in by_norm['BN']
-    ]
+    both = {rate: [by_norm[norm][rate].until(2) for norm in ('UBN', 'BN')] for rate in by_norm['BN']}
+    at = [f'{compared(*pair, 1, len(both))} at {rate:g}' for rate, pair in both.items()]
     return (
         f'**Is it there earlier?** Each at its own rate, after epoch 1 {of(own, "UBN", "BN", 1)}, after epoch 2 '
         f'{of(own, "UBN", "BN", 2)}. At one rate for both, after epoch 2: {", ".join(at)}.'
@@ -361,48 +405,26 @@ def placement() -> str:
     return f'**Which norms of the backbone?** Accuracy over BN: {"; ".join(found)}.'
 
 
-def box_pairs(sweep: str, pairs: dict[str, tuple[str, str]]) -> str:
-    """Differences of box AP, named, between choices of a sweep and of the sweep detectors."""
-    box = curves('detectors', 'bbox_mAP') | curves(sweep, 'bbox_mAP')
-    return '; '.join(f'{name} {of(box, *pair, None, len(pairs))}' for name, pair in pairs.items())
-
-
 def neck() -> str:
-    both = 'UBN, backbone and neck'
-    pairs = {
-        'UBN in backbone and neck over UBN in the backbone': (both, 'UBN'),
-        'over BN in backbone and neck': (both, 'BN, backbone and neck'),
-        'UBN as the last norm of each block over UBN as all': ('UBN, last of each block', 'UBN'),
-    }
-    return f'**The neck too?** Box AP: {box_pairs("detectors-placement", pairs)}.'
+    return f'**The neck too?** Box AP: {said_of_pairs("detectors-placement")}.'
 
 
 def kernel() -> str:
-    accuracy, costs = placed('test/accuracy/top1')
-    found = [
-        f'{norm} {k}x{k} {of(accuracy, f"{norm}, {k}x{k}, all", f"{norm}, 3x3, all", None, 4)}, training time '
-        f'{time(costs, f"{norm}, {k}x{k}, all")} against '
-        f'{time(costs, f"{norm}, 3x3, all")}'
-        for norm in ('BNET', 'UBN')
-        for k in (5, 7)
-    ]
-    return f'**Which kernel?** Accuracy over 3x3: {"; ".join(found)}.'
+    _, costs = placed('test/accuracy/top1')
+    times = ', '.join(
+        f'{norm} {" / ".join(time(costs, f"{norm}, {k}x{k}, all") for k in (3, 5, 7))}' for norm in ('BNET', 'UBN')
+    )
+    return f'**Which kernel?** Accuracy: {said_of_pairs("placement")}. Training time of 3x3 / 5x5 / 7x7: {times}.'
 
 
 def start() -> str:
-    pairs = {
-        'UBN from a BN classifier over UBN from scratch': ('UBN from BN', 'UBN'),
-        'over UBN from a UBN classifier': ('UBN from BN', 'UBN from UBN'),
-        'over BN from that classifier': ('UBN from BN', 'BN from BN'),
-    }
-    return f'**Which start?** Box AP: {box_pairs("detectors-start", pairs)}.'
+    return f'**Which start?** Box AP: {said_of_pairs("detectors-start")}.'
 
 
 def fresh_kernel() -> str:
-    accuracy = curves('fresh-kernel', 'test/accuracy/top1')
-    found = [f'{norm} {of(accuracy, f"{norm}, random", norm, None, 2)}' for norm in ('BNET', 'UBN')]
     return (
-        f"**Does a random kernel at the start, the released code's, do better than the identity?** {', '.join(found)}."
+        "**Does a random kernel at the start, the released code's, do better than the identity?** Accuracy: "
+        f'{said_of_pairs("fresh-kernel")}.'
     )
 
 
@@ -446,6 +468,7 @@ WRITERS: dict[str, Callable[..., str]] = {
     'closed-gates': closed_gates,
     'cost': cost,
     'power': power,
+    'pairs': pairs,
     'similarity': similarity,
     'rounding': rounding,
     'verdicts': verdicts,
@@ -477,11 +500,12 @@ def draw_rates() -> None:
             axis.plot(list(by_norm['BN']), mean, label=f'after epoch {epoch}', **style)
             axis.fill_between(list(by_norm['BN']), low, high, color=style['color'], alpha=0.12, linewidth=0)
         axis.axhline(0, color='black', linewidth=1)
-        axis.set(xscale='log', xlabel='learning rate of both', title=title)
+        splits = len(next(iter(by_norm['BN'].values())).seeds)
+        axis.set(xscale='log', xlabel='learning rate of both', title=f'{title}, {splits} splits')
         axis.set_xticks(list(by_norm['BN']), [f'{rate:g}' for rate in by_norm['BN']])
     axes[0].set(ylabel='accuracy of UBN minus that of BN, points')
     axes[0].legend(fontsize=8)
-    caption = 'Mean over five splits of the data, and the 95% interval of each by itself (paired t).'
+    caption = 'Mean over the splits of the data, and the 95% interval of each by itself (paired t).'
     save(figure, FOLDER / 'rate-curve.png', caption)
 
 
@@ -491,7 +515,7 @@ def draw_cost() -> None:
     for axis, metric in zip(axes, PLACEMENTS, strict=True):
         by_label, costs = placed(metric)
         for i, (label, curve) in enumerate(by_label.items()):
-            last, style = (1 if 'top1' in metric else 100) * curve.values[:, -1], line_style(i) | {'linestyle': ''}
+            last, style = curve.values[:, -1], line_style(i) | {'linestyle': ''}
             axis.errorbar(
                 float(costs[label, 'training']['ratio']), last.mean(), last.std(ddof=1), label=label, capsize=2, **style
             )
