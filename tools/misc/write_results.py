@@ -43,7 +43,7 @@ AXES = {'test/accuracy/top1': 'test accuracy (%)', 'bbox_mAP': 'box AP'}
 # Plots of plot_condensation.py, in the place of that of compare_norms.py.
 PLOTS = {'condensation': {'similarity': 'condensation', 'seed0-layers': 'condensation-layers'}}
 WITH_GATES = ('gate', 'learning-rate', 'detectors')  # all from scratch: their layers counted no batch before
-# Choices of a sweep that are compared by two, beside its baseline; those of detectors-... also with the sweep detectors.
+# Choices of a sweep that are compared by two, beside its baseline; those of detectors-* also with those of detectors.
 PAIRS: dict[str, dict[str, tuple[str, str]]] = {
     'placement': {
         f'{norm} {k}x{k} over 3x3': (f'{norm}, {k}x{k}, all', f'{norm}, 3x3, all')
