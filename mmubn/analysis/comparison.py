@@ -156,28 +156,28 @@ def summarize(sweep: Sweep, curves: dict[str, dict[str, Curve]]) -> str:
 
 def course(metric: str, by_label: dict[str, Curve]) -> list[str]:
     """Write mean and standard deviation after at most ten epochs, from the first to the last, as a Markdown table."""
-    unit, digits = _unit_and_digits(metric, by_label)
+    unit, digits = _unit_and_digits(metric, by_label, by_epoch=True)
     shown = _shown_epochs(by_label)
     header = [f'{metric}{unit} after {_step(by_label)}', *map(str, shown)]
     lines = [f'| {" | ".join(header)} |', f'|{"---|" * len(header)}']
     for label, curve in by_label.items():
         values = curve.values[:, [curve.epochs.index(epoch) for epoch in shown]]
-        cells = [f'{mean:.{digits - 1}f}' for mean in values.mean(0)]
+        cells = [f'{mean:.{digits}f}' for mean in values.mean(0)]
         if len(values) > 1:
-            cells = [f'{cell} ± {std:.{digits - 1}f}' for cell, std in zip(cells, values.std(0, ddof=1), strict=True)]
+            cells = [f'{cell} ± {std:.{digits}f}' for cell, std in zip(cells, values.std(0, ddof=1), strict=True)]
         lines.append(f'| {" | ".join([label, *cells])} |')
     return lines
 
 
 def differences(metric: str, by_label: dict[str, Curve], baseline: str) -> list[str]:
     """Write the differences from the baseline after the epochs of :func:`course`, the good ones and the bad ones."""
-    unit, digits = _unit_and_digits(metric, by_label)
+    unit, digits = _unit_and_digits(metric, by_label, by_epoch=True)
     shown = _shown_epochs(by_label)
     header = [f'{metric}{unit}, difference from {baseline} after {_step(by_label)}', *map(str, shown)]
     lines = [f'| {" | ".join(header)} |', f'|{"---|" * len(header)}']
     for label, curve in by_label.items():
         if label != baseline:
-            cells = [compared(curve.until(epoch), by_label[baseline].until(epoch), digits - 1) for epoch in shown]
+            cells = [compared(curve.until(epoch), by_label[baseline].until(epoch), digits) for epoch in shown]
             lines.append(f'| {" | ".join([label, *(cell.partition(":")[0] for cell in cells)])} |')
     return lines
 
@@ -188,10 +188,10 @@ def _shown_epochs(by_label: dict[str, Curve]) -> list[int]:
     return [epochs[i] for i in np.linspace(0, len(epochs) - 1, min(10, len(epochs))).round().astype(int)]
 
 
-def _unit_and_digits(metric: str, by_label: dict[str, Curve]) -> tuple[str, int]:
-    """Return the unit of a metric, as it stands behind its name, and the digits to show."""
+def _unit_and_digits(metric: str, by_label: dict[str, Curve], by_epoch: bool = False) -> tuple[str, int]:
+    """Return the unit of a metric, as it stands behind its name, and the digits to show: of percents by epoch, one."""
     tag = next(iter(by_label.values())).tag or metric
-    return (' (%)' if unit_of(tag) == PERCENT else ''), decimals(tag)
+    return (' (%)', 1 if by_epoch else decimals(tag)) if unit_of(tag) == PERCENT else ('', decimals(tag))
 
 
 def _step(by_label: dict[str, Curve]) -> str:
