@@ -31,14 +31,8 @@ def curves(name, folder=FOLDER):
     return comparison.read_table(folder / f'{name}.csv')
 
 
-def pending():
-    """The sweeps that the page says are not run to the end."""
-    found = re.search(r'Not run to the end yet[^.]*\.', PAGE.read_text())
-    return re.findall('`(.+?)`', found[0]) if found else []
-
-
 def test_every_sweep_of_the_digits_is_there(sweeps):
-    assert sorted(sweeps) == sorted([*NAMES, *pending()])
+    assert sorted(sweeps) == NAMES
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -61,12 +55,14 @@ def test_the_page_is_what_the_values_say():
     page = PAGE.read_text()
     assert TOOL['written'](page) == page
     blocks = {block[1] for block in TOOL['BLOCK'].findall(page)}
-    unused = set(TOOL['WRITERS']) - {block.partition(' ')[0] for block in blocks}
-    assert not unused or pending()
-    assert {f'tables {name}' for name in NAMES} - blocks <= {f'tables {name}' for name in BY_RATE}
+    assert {block.partition(' ')[0] for block in blocks} == set(TOOL['WRITERS'])
+    shown = {name for name in NAMES if name not in TOOL['SHOWN_OTHERWISE']}
+    assert {f'tables {name}' for name in shown} == {block for block in blocks if block.startswith('tables ')}
 
 
-BY_RATE = ('learning-rate', 'mnist')  # shown by tables of their own
+def test_every_picture_is_on_the_page():
+    shown = set(re.findall(r'\(results/(\S+)\.png\)', PAGE.read_text()))
+    assert shown == {path.stem for path in FOLDER.glob('*.png')}
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -102,7 +98,7 @@ def test_the_layers_of_every_run_are_there(sweeps):
             layers.setdefault((row['sweep'], row['choice'], int(row['seed'])), set()).add(row['layer'])
         runs = {
             (run.sweep, run.label, run.seed)
-            for each in set(kept) & set(NAMES)
+            for each in kept
             for run in sweeps[each].runs
             if has_gate(run) or name == 'similarity'
         }
@@ -112,8 +108,6 @@ def test_the_layers_of_every_run_are_there(sweeps):
 
 def test_a_gate_that_was_never_closed_is_no_gate():
     """BNET + RBN, which is UBN without a gate, repeats the detector of UBN to the last bit."""
-    if 'detectors-no-gate' in pending():
-        pytest.skip('not run yet')
     assert all(
         row['batches'] == row[TOOL['HEADERS']['closed'][-1]]
         for row in TOOL['rows']('closed.csv')
@@ -128,6 +122,19 @@ def test_a_hook_that_looks_on_changes_nothing():
     """The sweep condensation is the same trainings as those of the sweep norms."""
     for label, curve in curves('condensation')['top1'].items():
         assert np.array_equal(curve.values, curves('norms')['top1'][label].values)
+
+
+def test_the_same_training_in_several_sweeps_has_one_outcome():
+    rates = curves('learning-rate')['test/accuracy/top1']
+    for norm in ('UBN', 'BNET'):
+        own = curves('fresh-kernel')['test/accuracy/top1'][norm]
+        assert np.array_equal(own.values, rates[f'type={norm}, lr=0.002'].values)
+        placed = curves('placement')['test/accuracy/top1'][f'{norm}, 3x3, all']
+        assert np.array_equal(placed.values, rates[f'type={norm}, lr=0.002'].values)  # run again
+    placed = curves('placement')['test/accuracy/top1']['BN']
+    assert np.array_equal(placed.values, rates['type=BN, lr=0.002'].values)
+    gate = curves('gate')['test/accuracy/top1']['input']
+    assert np.array_equal(gate.values, rates['type=UBN, lr=0.002'].values)
 
 
 def has_gate(run):
@@ -193,6 +200,92 @@ def test_what_the_sections_say_is_in_the_raw_data():
     assert f'all of them, by {low} to {high} points' in text
     seen = f"closed for {TOOL['closed_share']('gate', 'input')} of a classifier's batches, and no reading"
     assert seen in ' '.join((ROOT / 'README.md').read_text().split())
+
+
+def is_above(one, other, epoch, comparisons=1):
+    return comparison.difference(one.until(epoch), other.until(epoch), comparisons)[1] > 0
+
+
+def test_what_is_said_of_learning_rates_is_in_the_raw_data():
+    """Where the head start is, and what is left at the end."""
+    text = ' '.join(PAGE.read_text().split())
+    own = {norm: curve for norm, (_, curve) in TOOL['chosen']('learning-rate').items()}
+    for norm in ('RBN', 'BNET', 'UBN'):
+        for epoch in (1, 2, 3, 10):
+            assert 'not told apart' in comparison.compared(own[norm].until(epoch), own['BN'].until(epoch), 1, 3)
+    by_norm = TOOL['of_grid'](curves('learning-rate')['test/accuracy/top1'])
+    above = {
+        (norm, epoch): [r for r, bn in by_norm['BN'].items() if is_above(by_norm[norm][r], bn, epoch)]
+        for norm in ('RBN', 'BNET', 'UBN')
+        for epoch in (1, 2, 3, 10)
+    }
+    assert above['UBN', 2] == above['BNET', 2] == [0.001, 0.002]
+    assert (above['UBN', 10], above['BNET', 10]) == ([0.001], [0.004])
+    assert not any(above['RBN', epoch] for epoch in (1, 2, 3, 10))
+    for norm in ('RBN', 'BNET', 'UBN'):  # nor below
+        for rate, bn in by_norm['BN'].items():
+            assert not any(is_above(bn, by_norm[norm][rate], epoch) for epoch in (1, 2, 3, 10))
+    first, second = (
+        comparison.difference(by_norm['UBN'][rate].until(2), by_norm['BN'][rate].until(2))[0] for rate in (0.001, 0.002)
+    )
+    assert f'UBN is {first:.1f} points above BN at 0.001 and {second:.1f} at 0.002' in text
+
+
+def test_what_is_said_of_placements_is_in_the_raw_data():
+    """That nothing is told apart at the end, and how large the head start is."""
+    text = ' '.join(PAGE.read_text().split())
+    accuracy = curves('placement')['test/accuracy/top1']
+    bn = accuracy.pop('BN')
+    pairs = [(curve, bn) for curve in accuracy.values()]
+    pairs += [(accuracy[one], accuracy[other]) for one, other in TOOL['PAIRS']['placement'].values()]
+    for one, other in pairs:
+        assert not is_above(one, other, 10)
+        assert not is_above(other, one, 10)
+    assert all(is_above(curve, bn, 1) for curve in accuracy.values())
+    early = {label: comparison.difference(curve.until(1), bn.until(1))[0] for label, curve in accuracy.items()}
+    low, high = (pick(early, key=early.get) for pick in (min, max))
+    assert f'by {early[low]:.1f} (`{low}`) to {early[high]:.1f} points (`{high}`)' in text
+    for norm in ('BNET', 'UBN'):
+        for where in ('all', 'last of each block'):
+            by_kernel = [early[f'{norm}, {k}x{k}, {where}'] for k in (3, 5, 7)]
+            assert by_kernel == sorted(by_kernel)
+
+
+def test_what_is_said_of_detectors_is_in_the_raw_data():
+    """Who is above BN at the end, by which interval, and from which epoch on."""
+    text = ' '.join(PAGE.read_text().split())
+    box, mask = curves('detectors')['bbox_mAP'], curves('detectors')['segm_mAP']
+    assert [norm for norm in box if is_above(box[norm], box['BN'], 8, 3)] == ['UBN']
+    assert [norm for norm in box if is_above(box[norm], box['BN'], 8)] == ['UBN', 'BNET']
+    assert [norm for norm in mask if is_above(mask[norm], mask['BN'], 8, 3)] == []
+    assert [norm for norm in mask if is_above(mask[norm], mask['BN'], 8)] == ['UBN']
+    for norm in ('UBN', 'BNET'):
+        assert [is_above(box[norm], box['BN'], epoch) for epoch in range(1, 9)] == [False] * 4 + [True] * 4
+        assert not any(is_above(box['BN'], box[norm], epoch) for epoch in range(1, 9))
+    gained = words(100 * (box[norm].values[:, -1] - box[norm].values[:, -2]).mean() for norm in ('BN', 'UBN'))
+    assert f'still brings BN {gained[0]} and UBN {gained[1]} box AP' in text
+    for name in ('detectors-start', 'detectors-placement'):
+        assert all(row.endswith('not told apart |') for row in TOOL['pairs'](name).splitlines()[2:])
+
+    both, last = 'UBN, backbone and neck', 'UBN, last of each block'
+    placed = {metric: curves('detectors-placement')[metric] for metric in ('bbox_mAP', 'segm_mAP')}
+    bn = 'BN, backbone and neck'
+    assert is_above(placed['bbox_mAP'][both], placed['bbox_mAP'][bn], 8)
+    assert is_above(box['UBN'], placed['bbox_mAP'][last], 8)
+    assert not is_above(box['UBN'], placed['bbox_mAP'][both], 8)
+    assert is_above(placed['segm_mAP'][both], placed['segm_mAP'][bn], 8, 2)
+
+
+def test_what_is_said_in_short_is_in_the_answers():
+    text = ' '.join(PAGE.read_text().split())
+    end, _, _, _, norms, _, kernels, _, _, gate = TOOL['answers']().splitlines()
+    assert re.search(r': higher for box AP', end)
+    assert len(re.findall('not told apart', end)) == 3  # the classifiers, and mask AP
+    for answer, choices in ((norms, 4), (kernels, 4)):
+        assert len(re.findall(': not told apart', answer)) == choices
+    assert 'higher: none' in gate
+    _, costs = TOOL['placed']('bbox_mAP')
+    assert f'for {TOOL["time"](costs, "UBN")} of the training time on this machine' in text
 
 
 def test_series_without_our_layers_did_not_move():

@@ -12,7 +12,6 @@ Example:
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import re
 import shutil
@@ -42,6 +41,7 @@ PLACEMENTS = {'test/accuracy/top1': ['placement'], 'bbox_mAP': ['detectors', 'de
 AXES = {'test/accuracy/top1': 'test accuracy (%)', 'bbox_mAP': 'box AP'}
 # Plots of plot_condensation.py, in the place of that of compare_norms.py.
 PLOTS = {'condensation': {'similarity': 'condensation', 'seed0-layers': 'condensation-layers'}}
+SHOWN_OTHERWISE = ('learning-rate', 'mnist', 'detectors-no-gate')  # not by the tables and plot of compare_norms.py
 WITH_GATES = ('gate', 'learning-rate', 'detectors')  # all from scratch: their layers counted no batch before
 # Choices of a sweep that are compared by two, beside its baseline; those of detectors-* also with those of detectors.
 PAIRS: dict[str, dict[str, tuple[str, str]]] = {
@@ -55,6 +55,7 @@ PAIRS: dict[str, dict[str, tuple[str, str]]] = {
         'UBN from a BN classifier over UBN from scratch': ('UBN from BN', 'UBN'),
         'UBN from a BN classifier over UBN from a UBN classifier': ('UBN from BN', 'UBN from UBN'),
         'UBN from a BN classifier over BN from that classifier': ('UBN from BN', 'BN from BN'),
+        'BN from that classifier over BN from scratch': ('BN from BN', 'BN'),
     },
     'detectors-placement': {
         'UBN in backbone and neck over UBN in the backbone': ('UBN, backbone and neck', 'UBN'),
@@ -338,8 +339,9 @@ def of(by_label: Curves, choice: str, baseline: str, epoch: int | None = None, c
     """A choice's difference from the baseline in points, by the interval of the sweep's table, and what it says."""
     m = comparisons or count_comparisons(by_label, by_label[baseline])
     one, other = by_label[choice], by_label[baseline]
-    epoch = epoch or one.epochs[-1]
-    return compared(one.until(epoch), other.until(epoch), 1, m)
+    if epoch is not None:
+        one, other = one.until(epoch), other.until(epoch)
+    return compared(one, other, 1, m)
 
 
 def in_the_end() -> str:
@@ -379,11 +381,13 @@ def closed_share(sweep: str, choice: str) -> str:
 
 
 def rates() -> str:
-    found = [
-        f'{norm} {", ".join(f"{rate:g}" for rate in sorted(best))}'
-        for norm, (best, _) in chosen('learning-rate').items()
-    ]
-    return f'**Which learning rate?** Chosen for the five splits of the digits: {"; ".join(found)}.'
+    own = chosen('learning-rate')
+    found = '; '.join(f'{norm} {", ".join(f"{rate:g}" for rate in sorted(best))}' for norm, (best, _) in own.items())
+    doublings = {norm: replace(curve, values=np.log2(best)[:, None]) for norm, (best, curve) in own.items()}
+    return (
+        f"**Which learning rate?** Chosen for the five splits of the digits: {found}. UBN's over BN's, in doublings: "
+        f'{of(doublings, "UBN", "BN", None, 1)}.'
+    )
 
 
 def time(costs: dict[tuple[str, str], dict[str, str]], choice: str) -> str:
@@ -443,11 +447,8 @@ def gate() -> str:
 
 
 def answers() -> str:
-    lines = []
-    for line in (in_the_end, early, parts, rates, placement, neck, kernel, start, fresh_kernel, gate):
-        with contextlib.suppress(FileNotFoundError):  # until all sweeps are run
-            lines.append(line())
-    return '\n'.join(f'{i}. {line}' for i, line in enumerate(lines, 1))
+    lines = (in_the_end, early, parts, rates, placement, neck, kernel, start, fresh_kernel, gate)
+    return '\n'.join(f'{i}. {line()}' for i, line in enumerate(lines, 1))
 
 
 # ---- the page
@@ -503,6 +504,7 @@ def draw_rates() -> None:
         splits = len(next(iter(by_norm['BN'].values())).seeds)
         axis.set(xscale='log', xlabel='learning rate of both', title=f'{title}, {splits} splits')
         axis.set_xticks(list(by_norm['BN']), [f'{rate:g}' for rate in by_norm['BN']])
+        axis.minorticks_off()
     axes[0].set(ylabel='accuracy of UBN minus that of BN, points')
     axes[0].legend(fontsize=8)
     caption = 'Mean over the splits of the data, and the 95% interval of each by itself (paired t).'
@@ -538,8 +540,9 @@ def collect(work_dir: Path) -> None:
             print(f'{sweep.name}: not all runs are done in {work_dir}; what there is of it stays')
             continue
         shutil.copy(folder / 'runs.csv', FOLDER / f'{sweep.name}.csv')
-        for plot, name in PLOTS.get(sweep.name, {sweep.metrics[0].replace('/', '_'): sweep.name}).items():
-            shutil.copy(folder / f'{plot}.png', FOLDER / f'{name}.png')
+        if sweep.name not in SHOWN_OTHERWISE:
+            for plot, name in PLOTS.get(sweep.name, {sweep.metrics[0].replace('/', '_'): sweep.name}).items():
+                shutil.copy(folder / f'{plot}.png', FOLDER / f'{name}.png')
         if (folder / 'cost.csv').exists():
             with (folder / 'cost.csv').open(newline='') as file:
                 own['cost'] += [[*row.values()] for row in csv.DictReader(file)]
@@ -591,9 +594,8 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError(f'{PAGE} does not exist: run write_results.py in a clone of mmubn.')
     if args.work_dir is not None:
         collect(args.work_dir)
-        for draw in (draw_rates, draw_cost):
-            with contextlib.suppress(FileNotFoundError):  # until all sweeps are run
-                draw()
+        draw_rates()
+        draw_cost()
     page = PAGE.read_text()
     if not args.check:
         PAGE.write_text(written(page))
