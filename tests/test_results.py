@@ -284,6 +284,8 @@ def test_what_is_said_in_short_is_in_the_answers():
     for answer, choices in ((norms, 4), (kernels, 4)):
         assert len(re.findall(': not told apart', answer)) == choices
     assert 'higher: none' in gate
+    (box,) = re.findall(r'Mask R-CNN: (.+): higher for box AP', end)
+    assert f"ends above BN's, {box} box AP" in ' '.join((ROOT / 'README.md').read_text().split())
     _, costs = TOOL['placed']('bbox_mAP')
     assert f'for {TOOL["time"](costs, "UBN")} of the training time on this machine' in text
 
