@@ -38,7 +38,7 @@ BLOCK = re.compile(r'(<!-- written: (.+?) -->\n)(.*?)(<!-- end -->)', re.DOTALL)
 EARLY = (1, 2, 3)  # epochs
 # Of each metric, the sweeps whose choices are placements of norms; their costs are measured together.
 PLACEMENTS = {'test/accuracy/top1': ['placement'], 'bbox_mAP': ['detectors', 'detectors-placement']}
-AXES = {'test/accuracy/top1': 'test accuracy (%)', 'bbox_mAP': 'box AP'}
+AXES = {'test/accuracy/top1': 'test accuracy (%)', 'bbox_mAP': 'box AP', 'segm_mAP': 'mask AP'}
 # Plots of plot_condensation.py, in the place of that of compare_norms.py.
 PLOTS = {'condensation': {'similarity': 'condensation', 'seed0-layers': 'condensation-layers'}}
 SHOWN_OTHERWISE = ('learning-rate', 'mnist', 'detectors-no-gate')  # not by the tables and plot of compare_norms.py
@@ -51,15 +51,14 @@ PAIRS: dict[str, dict[str, tuple[str, str]]] = {
         for k in (5, 7)
     },
     'fresh-kernel': {f'{norm}, random over the identity': (f'{norm}, random', norm) for norm in ('BNET', 'UBN')},
+    'detectors': {'UBN over BNET': ('UBN', 'BNET'), 'UBN over RBN': ('UBN', 'RBN')},
     'detectors-start': {
         'UBN from a BN classifier over UBN from scratch': ('UBN from BN', 'UBN'),
         'UBN from a BN classifier over UBN from a UBN classifier': ('UBN from BN', 'UBN from UBN'),
-        'UBN from a BN classifier over BN from that classifier': ('UBN from BN', 'BN from BN'),
-        'BN from that classifier over BN from scratch': ('BN from BN', 'BN'),
+        'BN from a BN classifier over BN from scratch': ('BN from BN', 'BN'),
     },
     'detectors-placement': {
         'UBN in backbone and neck over UBN in the backbone': ('UBN, backbone and neck', 'UBN'),
-        'UBN in backbone and neck over BN in both': ('UBN, backbone and neck', 'BN, backbone and neck'),
         'UBN as the last norm of each block over UBN as all': ('UBN, last of each block', 'UBN'),
     },
 }
@@ -68,6 +67,7 @@ HEADERS = {
     'closed': ['sweep', 'choice', 'seed', 'layer', 'batches', 'batches that moved the running statistics'],
     'cost': HEADER,
 }
+DETECTORS = ('detectors', 'detectors-start')
 Curves = dict[str, Curve]
 
 
@@ -306,29 +306,28 @@ def seeds_needed(effect: float, spread: float, level: float, power: float = 0.8)
 # ---- choices by two
 
 
-def pairs(sweep: str) -> str:
+def pairs(sweep: str, metric: str) -> str:
     """Differences between two choices of a sweep, or of it and the sweep detectors, in points."""
-    found = of_pairs(sweep)
+    found = of_pairs(sweep, metric)
     lines = []
     for name, (one, other) in found.items():
         count = len({*one.seeds} & {*other.seeds})
         alone, all_at_once = (compared(one, other, 2, m) for m in (1, len(found)))
         lines.append([name, str(count), alone.partition(':')[0], all_at_once.partition(' ')[2]])
-    header = ['', 'seeds of both', 'difference, 95% interval', f'interval of all {len(found)} at once']
-    return table(header, lines)
+    header = [AXES[metric].partition(' (')[0], 'seeds of both', 'difference, 95% interval']
+    return table([*header, f'interval of all {len(found)} at once'], lines)
 
 
-def of_pairs(sweep: str) -> dict[str, tuple[Curve, Curve]]:
+def of_pairs(sweep: str, metric: str) -> dict[str, tuple[Curve, Curve]]:
     """The curves of each pair."""
-    metric = sweeps()[sweep].metrics[0]
     by_label = curves(sweep, metric)
     if sweep.startswith('detectors-'):
         by_label = curves('detectors', metric) | by_label
     return {name: (by_label[one], by_label[other]) for name, (one, other) in PAIRS[sweep].items()}
 
 
-def said_of_pairs(sweep: str) -> str:
-    found = of_pairs(sweep)
+def said_of_pairs(sweep: str, metric: str) -> str:
+    found = of_pairs(sweep, metric)
     return '; '.join(f'{name} {compared(*pair, 1, len(found))}' for name, pair in found.items())
 
 
@@ -346,22 +345,23 @@ def of(by_label: Curves, choice: str, baseline: str, epoch: int | None = None, c
 
 def in_the_end() -> str:
     digits, mnist = ({norm: curve for norm, (_, curve) in chosen(name).items()} for name in ('learning-rate', 'mnist'))
-    box, mask = (curves('detectors', f'{kind}_mAP') for kind in ('bbox', 'segm'))
+    scratch, start = ([curves(name, f'{kind}_mAP') for kind in ('bbox', 'segm')] for name in DETECTORS)
     return (
         '**Is UBN better than BN at the end of training?** Accuracy, each at its own learning rate: '
-        f'{of(digits, "UBN", "BN")} on the digits, {of(mnist, "UBN", "BN")} on MNIST. Mask R-CNN: '
-        f'{of(box, "UBN", "BN")} for box AP, {of(mask, "UBN", "BN")} for mask AP.'
+        f'{of(digits, "UBN", "BN")} on the digits, {of(mnist, "UBN", "BN")} on MNIST. Mask R-CNN from scratch: '
+        f'{" for box AP, ".join(of(ap, "UBN", "BN") for ap in scratch)} for mask AP; from a BN classifier: '
+        f'{" for box AP, ".join(of(ap, "UBN from BN", "BN from BN") for ap in start)} for mask AP.'
     )
 
 
 def early() -> str:
-    own = {norm: curve for norm, (_, curve) in chosen('learning-rate').items()}
+    digits, mnist = ({norm: curve for norm, (_, curve) in chosen(name).items()} for name in ('learning-rate', 'mnist'))
     by_norm = of_grid(curves('learning-rate', 'test/accuracy/top1'))
     both = {rate: [by_norm[norm][rate].until(2) for norm in ('UBN', 'BN')] for rate in by_norm['BN']}
     at = [f'{compared(*pair, 1, len(both))} at {rate:g}' for rate, pair in both.items()]
     return (
-        f'**Is it there earlier?** Each at its own rate, after epoch 1 {of(own, "UBN", "BN", 1)}, after epoch 2 '
-        f'{of(own, "UBN", "BN", 2)}. At one rate for both, after epoch 2: {", ".join(at)}.'
+        f'**Is it there earlier?** Accuracy after epoch 2, each at its own rate: {of(digits, "UBN", "BN", 2)} on the '
+        f'digits, {of(mnist, "UBN", "BN", 2)} on MNIST. At one rate for both, digits: {", ".join(at)}.'
     )
 
 
@@ -370,7 +370,8 @@ def parts() -> str:
     found = ', '.join(f'{norm} {of(box, norm, "BN")}' for norm in box if norm not in ('BN', 'UBN'))
     return (
         f'**Which of its parts does it?** Box AP over BN: {found}; UBN, which has both and a gate, '
-        f'{of(box, "UBN", "BN")}. The gate was closed for {closed_share("detectors", "UBN")} of its batches.'
+        f'{of(box, "UBN", "BN")}. {said_of_pairs("detectors", "bbox_mAP")}. The gate was closed for '
+        f'{closed_share("detectors", "UBN")} of its batches.'
     )
 
 
@@ -382,23 +383,23 @@ def closed_share(sweep: str, choice: str) -> str:
 
 def rates() -> str:
     own = chosen('learning-rate')
-    found = '; '.join(f'{norm} {", ".join(f"{rate:g}" for rate in sorted(best))}' for norm, (best, _) in own.items())
+    found = '; '.join(f'{norm} {", ".join(f"{rate:g}" for rate in best)}' for norm, (best, _) in own.items())
     doublings = {norm: replace(curve, values=np.log2(best)[:, None]) for norm, (best, curve) in own.items()}
     return (
-        f"**Which learning rate?** Chosen for the five splits of the digits: {found}. UBN's over BN's, in doublings: "
+        f"**Which learning rate?** Chosen for splits 0 to 4 of the digits: {found}. UBN's over BN's, in doublings: "
         f'{of(doublings, "UBN", "BN", None, 1)}.'
     )
 
 
-def time(costs: dict[tuple[str, str], dict[str, str]], choice: str) -> str:
-    """The training time of a placement, as a ratio to the baseline."""
-    return f'{float(costs[choice, "training"]["ratio"]):.2f}'
+def time(costs: dict[tuple[str, str], dict[str, str]], choice: str, measure: str = 'training') -> str:
+    """The time of a placement, as a ratio to the baseline's."""
+    return f'{float(costs[choice, measure]["ratio"]):.2f}'
 
 
 def placement() -> str:
     accuracy, costs = placed('test/accuracy/top1')
     found = [
-        f'{choice} {of(accuracy, choice, "BN")} at {time(costs, choice)} of the training time'
+        f'{choice} {of(accuracy, choice, "BN")}, {time(costs, choice)} and {time(costs, choice, "evaluation")}'
         for choice in (
             'UBN, 3x3, all',
             'UBN, 3x3, last of each block',
@@ -406,11 +407,28 @@ def placement() -> str:
             'BNET, 3x3, last of each block',
         )
     ]
-    return f'**Which norms of the backbone?** Accuracy over BN: {"; ".join(found)}.'
+    return (
+        f"**Which norms of the backbone?** Accuracy over BN, and training and evaluation in BN's time: "
+        f'{"; ".join(found)}. Mask R-CNN, UBN as the last norm of each block over UBN as all: {in_detectors(1)}.'
+    )
+
+
+def in_detectors(number: int) -> str:
+    """One of the pairs of the detectors' placements, in both APs."""
+    found = [list(of_pairs('detectors-placement', f'{kind}_mAP').values()) for kind in ('bbox', 'segm')]
+    return ', '.join(
+        f'{compared(*pairs[number], 1, len(pairs))} in {kind} AP'
+        for pairs, kind in zip(found, ('box', 'mask'), strict=True)
+    )
 
 
 def neck() -> str:
-    return f'**The neck too?** Box AP: {said_of_pairs("detectors-placement")}.'
+    both = [curves('detectors-placement', f'{kind}_mAP') for kind in ('bbox', 'segm')]
+    over_bn = [of(by_label, 'UBN, backbone and neck', 'BN, backbone and neck') for by_label in both]
+    return (
+        f'**The neck too?** Mask R-CNN, UBN in backbone and neck over UBN in the backbone: {in_detectors(0)}; over BN '
+        f'in both: {over_bn[0]} in box AP, {over_bn[1]} in mask AP.'
+    )
 
 
 def kernel() -> str:
@@ -418,17 +436,20 @@ def kernel() -> str:
     times = ', '.join(
         f'{norm} {" / ".join(time(costs, f"{norm}, {k}x{k}, all") for k in (3, 5, 7))}' for norm in ('BNET', 'UBN')
     )
-    return f'**Which kernel?** Accuracy: {said_of_pairs("placement")}. Training time of 3x3 / 5x5 / 7x7: {times}.'
+    return (
+        f'**Which kernel?** Accuracy: {said_of_pairs("placement", "test/accuracy/top1")}. Training of 3x3 / 5x5 / 7x7 '
+        f"in BN's time: {times}."
+    )
 
 
 def start() -> str:
-    return f'**Which start?** Box AP: {said_of_pairs("detectors-start")}.'
+    return f'**Which start?** Box AP: {said_of_pairs("detectors-start", "bbox_mAP")}.'
 
 
 def fresh_kernel() -> str:
     return (
         "**Does a random kernel at the start, the released code's, do better than the identity?** Accuracy: "
-        f'{said_of_pairs("fresh-kernel")}.'
+        f'{said_of_pairs("fresh-kernel", "test/accuracy/top1")}.'
     )
 
 
@@ -441,8 +462,8 @@ def gate() -> str:
     said = '; '.join(f'{word}: {" / ".join(choices) or "none"}' for word, choices in found.items())
     return (
         f"**Does the gate matter?** At the paper's threshold it was closed for {closed_share('gate', 'input')} of the "
-        f"classifier's batches; accuracy over no gate {of(accuracy, 'input', 'no gate')}. Of {len(accuracy) - 1} "
-        f'readings and rules, {said}.'
+        f"classifier's batches and layers, at a rate of 0.002; accuracy over no gate "
+        f'{of(accuracy, "input", "no gate")}. Of {len(accuracy) - 1} readings and rules, that one among them, {said}.'
     )
 
 
