@@ -191,7 +191,9 @@ def _shown_epochs(by_label: dict[str, Curve]) -> list[int]:
 def _unit_and_digits(metric: str, by_label: dict[str, Curve], by_epoch: bool = False) -> tuple[str, int]:
     """Return the unit of a metric, as it stands behind its name, and the digits to show: of percents by epoch, one."""
     tag = next(iter(by_label.values())).tag or metric
-    return (' (%)', 1 if by_epoch else decimals(tag)) if unit_of(tag) == PERCENT else ('', decimals(tag))
+    if unit_of(tag) != PERCENT:
+        return '', decimals(tag)
+    return ' (%)', 1 if by_epoch else decimals(tag)
 
 
 def _step(by_label: dict[str, Curve]) -> str:
@@ -297,10 +299,11 @@ def plot(sweep: Sweep, metric: str, by_label: dict[str, Curve], out: Path) -> No
         yticklabels=list(by_label),
     )
     right.invert_yaxis()
+    right.locator_params(axis='x', nbins=6)  # room for four digits each
     counts = sorted({len(curve.seeds) for curve in by_label.values()})
     save(
         figure,
         out,
-        f'{sweep.name}: {metric} on the validation data. Left: mean over {" or ".join(map(str, counts))} seeds after '
+        f'{sweep.name}: {metric}. Left: mean over {" or ".join(map(str, counts))} seeds after '
         f'each validation. Right: after the last {_step(by_label)}, a mark for each seed and a line at their mean.',
     )
