@@ -125,16 +125,15 @@ def test_a_hook_that_looks_on_changes_nothing():
 
 
 def test_the_same_training_in_several_sweeps_has_one_outcome():
-    rates = curves('learning-rate')['test/accuracy/top1']
-    for norm in ('UBN', 'BNET'):
-        own = curves('fresh-kernel')['test/accuracy/top1'][norm]
-        assert np.array_equal(own.values, rates[f'type={norm}, lr=0.002'].values)
-        placed = curves('placement')['test/accuracy/top1'][f'{norm}, 3x3, all']
-        assert np.array_equal(placed.values, rates[f'type={norm}, lr=0.002'].values)  # run again
-    placed = curves('placement')['test/accuracy/top1']['BN']
-    assert np.array_equal(placed.values, rates['type=BN, lr=0.002'].values)
-    gate = curves('gate')['test/accuracy/top1']['input']
-    assert np.array_equal(gate.values, rates['type=UBN, lr=0.002'].values)
+    names = ('learning-rate', 'fresh-kernel', 'placement', 'gate')
+    rates, fresh, placed, gate = (curves(name)['test/accuracy/top1'] for name in names)
+    for norm, others in (
+        ('BN', [placed['BN']]),
+        ('BNET', [placed['BNET, 3x3, all'], fresh['BNET']]),
+        ('UBN', [placed['UBN, 3x3, all'], fresh['UBN'], gate['input']]),
+    ):
+        for other in others:
+            assert np.array_equal(other.values, rates[f'type={norm}, lr=0.002'].values)
 
 
 def has_gate(run):
@@ -149,16 +148,16 @@ def test_what_the_sections_say_is_in_the_raw_data():
     """Each sentence outside of the blocks that has a number or a verdict."""
     text = ' '.join(PAGE.read_text().split())
 
-    def compare(name, metric, label, epoch=None, baseline='BN'):
+    def compare(name, metric, label, epoch=None, baseline='BN', comparisons=1):
         one, other = curves(name)[metric][label], curves(name)[metric][baseline]
-        return comparison.difference(*(each.until(epoch or each.epochs[-1]) for each in (one, other)))
+        return comparison.difference(*(each.until(epoch or each.epochs[-1]) for each in (one, other)), comparisons)
 
     near, unknown = ('UBN', 'RBN', 'IEBN'), ('BNET', 'UnitizedBN')
     for label in (*near, *unknown):
         _, low, high = compare('norms', 'top1', label)
         assert (low > -1 and high < 1) is (label in near)
         assert low < 0 < high
-        _, low_of_all, high_of_all = comparison.difference(*(curves('norms')['top1'][c] for c in (label, 'BN')), 7)
+        _, low_of_all, high_of_all = compare('norms', 'top1', label, comparisons=7)
         assert low_of_all < -1 or high_of_all > 1
         interval = f'{low:+.2f} to {high:+.2f}'
         assert (f'{label} {interval}' if label in near else f'{label} ({interval})') in text
@@ -296,6 +295,13 @@ def test_what_is_said_of_detectors_is_in_the_raw_data():
         assert [is_above(box[norm], box['BN'], epoch) for epoch in range(1, 9)] == [False] * 4 + [True] * 4
         assert not any(is_above(box['BN'], box[norm], epoch) for epoch in range(1, 9))
     gained = words(100 * (box[norm].values[:, -1] - box[norm].values[:, -2]).mean() for norm in ('BN', 'UBN'))
+    spread = words((100 * (by['UBN'].values - by['BN'].values)[:, -1].std(ddof=1) for by in (box, mask)), 2)
+    assert f'larger: {spread[0]} points for box AP and {spread[1]} for mask AP' in text
+    first_seen = [row.split(' | ') for row in TOOL['power']().splitlines()[2:]]  # spread; seeds for 1 AP, 2 AP
+    assert [float(row[1]) < float(now) for row, now in zip(first_seen, spread, strict=True)] == [True, True]
+    assert int(first_seen[0][3]) == len(box['BN'].seeds) + 1
+    start = curves('detectors-start')['bbox_mAP']
+    assert {int(row[5].strip(' |')) for row in first_seen} == {len(start['UBN from BN'].seeds)}
     assert f'still brings BN {gained[0]} and UBN {gained[1]} box AP' in text
     assert all(box[norm].values[:, 0].mean() < box['BN'].values[:, 0].mean() for norm in box if norm != 'BN')
     assert not all(is_above(mask[norm], mask['BN'], epoch) for norm in ('UBN', 'BNET') for epoch in range(5, 9))
@@ -309,7 +315,6 @@ def test_what_is_said_of_detectors_is_in_the_raw_data():
     ):
         rows = TOOL['pairs'](name, metric).splitlines()[2:]
         assert [row.split(' | ')[0].strip('| ') for row in rows if 'not told apart' not in row] == told
-    start = curves('detectors-start')['bbox_mAP']
     assert is_above(start['UBN from BN'], start['BN from BN'], 8, 2)
     assert is_above(start['BN from BN'], box['BN'], 8)
 

@@ -67,7 +67,7 @@ HEADERS = {
     'closed': ['sweep', 'choice', 'seed', 'layer', 'batches', 'batches that moved the running statistics'],
     'cost': HEADER,
 }
-DETECTORS = ('detectors', 'detectors-start')
+APS = ('bbox_mAP', 'segm_mAP')
 Curves = dict[str, Curve]
 
 
@@ -117,6 +117,10 @@ def chosen(sweep: str) -> dict[str, tuple[list[float], Curve]]:
         values = np.array([test[norm][rate].values[i] for i, rate in enumerate(best)])
         found[norm] = best, Curve(first.seeds, first.epochs, values, 'test/accuracy/top1')
     return found
+
+
+def at_own_rates(sweep: str) -> Curves:
+    return {norm: curve for norm, (_, curve) in chosen(sweep).items()}
 
 
 def own_rates(sweep: str) -> str:
@@ -326,9 +330,14 @@ def of_pairs(sweep: str, metric: str) -> dict[str, tuple[Curve, Curve]]:
     return {name: (by_label[one], by_label[other]) for name, (one, other) in PAIRS[sweep].items()}
 
 
-def said_of_pairs(sweep: str, metric: str) -> str:
+def said_of_pairs(sweep: str, metric: str) -> dict[str, str]:
+    """What the interval of all pairs at once says of each."""
     found = of_pairs(sweep, metric)
-    return '; '.join(f'{name} {compared(*pair, 1, len(found))}' for name, pair in found.items())
+    return {name: compared(*pair, 1, len(found)) for name, pair in found.items()}
+
+
+def listed(said: dict[str, str]) -> str:
+    return '; '.join(f'{name} {text}' for name, text in said.items())
 
 
 # ---- the first page
@@ -343,19 +352,23 @@ def of(by_label: Curves, choice: str, baseline: str, epoch: int | None = None, c
     return compared(one, other, 1, m)
 
 
+def of_both_aps(word: str, say: Callable[[str], str]) -> str:
+    return ', '.join(f'{say(metric)} {word} {AXES[metric]}' for metric in APS)
+
+
 def in_the_end() -> str:
-    digits, mnist = ({norm: curve for norm, (_, curve) in chosen(name).items()} for name in ('learning-rate', 'mnist'))
-    scratch, start = ([curves(name, f'{kind}_mAP') for kind in ('bbox', 'segm')] for name in DETECTORS)
+    digits, mnist = (at_own_rates(name) for name in ('learning-rate', 'mnist'))
+    scratch = of_both_aps('for', lambda metric: of(curves('detectors', metric), 'UBN', 'BN'))
+    start = of_both_aps('for', lambda metric: of(curves('detectors-start', metric), 'UBN from BN', 'BN from BN'))
     return (
         '**Is UBN better than BN at the end of training?** Accuracy, each at its own learning rate: '
         f'{of(digits, "UBN", "BN")} on the digits, {of(mnist, "UBN", "BN")} on MNIST. Mask R-CNN from scratch: '
-        f'{" for box AP, ".join(of(ap, "UBN", "BN") for ap in scratch)} for mask AP; from a BN classifier: '
-        f'{" for box AP, ".join(of(ap, "UBN from BN", "BN from BN") for ap in start)} for mask AP.'
+        f'{scratch}; from a BN classifier: {start}.'
     )
 
 
 def early() -> str:
-    digits, mnist = ({norm: curve for norm, (_, curve) in chosen(name).items()} for name in ('learning-rate', 'mnist'))
+    digits, mnist = (at_own_rates(name) for name in ('learning-rate', 'mnist'))
     by_norm = of_grid(curves('learning-rate', 'test/accuracy/top1'))
     both = {rate: [by_norm[norm][rate].until(2) for norm in ('UBN', 'BN')] for rate in by_norm['BN']}
     at = [f'{compared(*pair, 1, len(both))} at {rate:g}' for rate, pair in both.items()]
@@ -370,7 +383,7 @@ def parts() -> str:
     found = ', '.join(f'{norm} {of(box, norm, "BN")}' for norm in box if norm not in ('BN', 'UBN'))
     return (
         f'**Which of its parts does it?** Box AP over BN: {found}; UBN, which has both and a gate, '
-        f'{of(box, "UBN", "BN")}. {said_of_pairs("detectors", "bbox_mAP")}. The gate was closed for '
+        f'{of(box, "UBN", "BN")}. {listed(said_of_pairs("detectors", "bbox_mAP"))}. The gate was closed for '
         f'{closed_share("detectors", "UBN")} of its batches.'
     )
 
@@ -407,28 +420,20 @@ def placement() -> str:
             'BNET, 3x3, last of each block',
         )
     ]
+    pair = 'UBN as the last norm of each block over UBN as all'
+    detectors = of_both_aps('in', lambda metric: said_of_pairs('detectors-placement', metric)[pair])
     return (
         f"**Which norms of the backbone?** Accuracy over BN, and training and evaluation in BN's time: "
-        f'{"; ".join(found)}. Mask R-CNN, UBN as the last norm of each block over UBN as all: {in_detectors(1)}.'
-    )
-
-
-def in_detectors(number: int) -> str:
-    """One of the pairs of the detectors' placements, in both APs."""
-    found = [list(of_pairs('detectors-placement', f'{kind}_mAP').values()) for kind in ('bbox', 'segm')]
-    return ', '.join(
-        f'{compared(*pairs[number], 1, len(pairs))} in {kind} AP'
-        for pairs, kind in zip(found, ('box', 'mask'), strict=True)
+        f'{"; ".join(found)}. Mask R-CNN, {pair}: {detectors}.'
     )
 
 
 def neck() -> str:
-    both = [curves('detectors-placement', f'{kind}_mAP') for kind in ('bbox', 'segm')]
-    over_bn = [of(by_label, 'UBN, backbone and neck', 'BN, backbone and neck') for by_label in both]
-    return (
-        f'**The neck too?** Mask R-CNN, UBN in backbone and neck over UBN in the backbone: {in_detectors(0)}; over BN '
-        f'in both: {over_bn[0]} in box AP, {over_bn[1]} in mask AP.'
-    )
+    sweep, pair = 'detectors-placement', 'UBN in backbone and neck over UBN in the backbone'
+    over_ubn = of_both_aps('in', lambda metric: said_of_pairs(sweep, metric)[pair])
+    choices = ('UBN, backbone and neck', 'BN, backbone and neck')
+    over_bn = of_both_aps('in', lambda metric: of(curves(sweep, metric), *choices))
+    return f'**The neck too?** Mask R-CNN, {pair}: {over_ubn}; over BN in both: {over_bn}.'
 
 
 def kernel() -> str:
@@ -436,20 +441,18 @@ def kernel() -> str:
     times = ', '.join(
         f'{norm} {" / ".join(time(costs, f"{norm}, {k}x{k}, all") for k in (3, 5, 7))}' for norm in ('BNET', 'UBN')
     )
-    return (
-        f'**Which kernel?** Accuracy: {said_of_pairs("placement", "test/accuracy/top1")}. Training of 3x3 / 5x5 / 7x7 '
-        f"in BN's time: {times}."
-    )
+    said = listed(said_of_pairs('placement', 'test/accuracy/top1'))
+    return f"**Which kernel?** Accuracy: {said}. Training of 3x3 / 5x5 / 7x7 in BN's time: {times}."
 
 
 def start() -> str:
-    return f'**Which start?** Box AP: {said_of_pairs("detectors-start", "bbox_mAP")}.'
+    return f'**Which start?** Box AP: {listed(said_of_pairs("detectors-start", "bbox_mAP"))}.'
 
 
 def fresh_kernel() -> str:
     return (
         "**Does a random kernel at the start, the released code's, do better than the identity?** Accuracy: "
-        f'{said_of_pairs("fresh-kernel", "test/accuracy/top1")}.'
+        f'{listed(said_of_pairs("fresh-kernel", "test/accuracy/top1"))}.'
     )
 
 
